@@ -1,0 +1,140 @@
+"""Configs: YAML files and `section.key=value` overrides, read into frozen, strict models.
+
+Each model stands beside the code that it configures and derives from `Config`. A YAML file holds only what
+differs from the defaults and may name a `base:` file that it extends.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Config(BaseModel):
+    """A section of a config: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 1e-3 as a number, as YAML 1.2 does and PyYAML's 1.1 does not."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Reads `path` (YAML, None for the defaults alone) and applies overrides such as `inner.lr=0.01`.
+
+    Raises:
+        FileNotFoundError: the file, or the file that its `base:` names, does not exist.
+        ValueError: an unknown key, a wrong type or value, or YAML that does not parse; one line a fault.
+    """
+    values = _read(Path(path)) if path is not None else {}
+    for override in overrides:
+        _merge(values, _parse_override(override))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        where = path if path is not None else "the config"
+        faults = "; ".join(_explain(model, fault) for fault in error.errors())
+        raise ValueError(f"{where}: {faults}") from None
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Writes the resolved config, every key in it, as YAML."""
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def describe(model: type[Config], prefix: str = "") -> Iterator[str]:
+    """A line for every key of a config, `key = default   description`: the body of `--help`."""
+    for name, field in model.model_fields.items():
+        section = _submodel(field.annotation)
+        if section is not None:
+            yield from describe(section, f"{prefix}{name}.")
+        else:
+            default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
+            yield f"  {f'{prefix}{name} = {default}':<44} {field.description or ''}".rstrip()
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: its chain of `base:` files comes back to itself")
+    try:
+        values = yaml.load(path.read_text(), _Loader) or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config file {path} does not exist (from {Path.cwd()})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    if "base" in values:
+        base = _read(path.parent / str(values.pop("base")), (*seen, path.resolve()))
+        _merge(base, values)
+        return base
+    return values
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _explain(model: type[Config], fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, fault["loc"][:-1])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if fault["type"] == "missing":
+        return f"{key!r} is required"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key!r} is {fault['input']!r}: {message}" if key else message
+
+
+def _known_keys(model: type[Config], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        section = _submodel(field.annotation) if field else None
+        if section is not None:
+            model = section
+    return list(model.model_fields)
+
+
+def _submodel(annotation: Any) -> type[Config] | None:
+    """The config class inside an annotation such as `InnerConfig`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, Config) else None
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return next(filter(None, map(_submodel, typing.get_args(annotation))), None)
+    return None

@@ -1,0 +1,319 @@
+"""A task on disk: a folder with train.beton, train.json, test.beton and test.json.
+
+The .beton holds every image as pixels x pixels RGB beside its label, in FFCV's format; the .json beside it is its
+manifest. FFCV reads a torn or foreign file as garbage without a word, so nothing is published before it is complete
+(temporary file, fsync, rename; the manifest last), and `verify` compares the two before anyone trusts them.
+"""
+
+import hashlib
+import os
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from dist_cts.config import Config
+
+AGAIN = "run launch/prepare.py again"
+BLOCK = 64  # images that a thread converts at a time
+
+# FFCV's layout, version 2: a header, one descriptor a field, one record a sample, then pages of image bytes.
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
+)
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+
+
+class Manifest(Config):
+    """What one .beton file holds. Both splits of a task carry the mean and std of its train split."""
+
+    name: str
+    split: str
+    count: int = Field(gt=0)
+    classes: int = Field(gt=0)
+    class_names: list[str]
+    pixels: int = Field(gt=0)
+    channels: Literal[1, 3]  # 1: the source is grey, stored as three equal channels
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]  # per channel, in 0..1
+    std: Annotated[list[float], Field(min_length=3, max_length=3)]
+    mode: Literal["raw", "jpg"]
+    source: str  # the data set and the options that it was prepared with
+    skipped: tuple[str, ...] = ()  # one line for every image left out because it does not decode
+    bytes: int
+    sha256: str
+    format: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _names_match(self) -> "Manifest":
+        if len(self.class_names) != self.classes:
+            raise ValueError(f"{self.classes} classes but {len(self.class_names)} class names")
+        return self
+
+
+def import_ffcv() -> types.ModuleType:
+    """Imports ffcv (seconds, the first time); the only place that does.
+
+    Raises:
+        ImportError: ffcv or one of its system libraries is missing; the message says how to install them.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        import ffcv
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"ffcv cannot be imported ({' '.join(str(error).split())}). Install its system libraries with "
+            "`apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++` "
+            "or `conda install -c conda-forge pkg-config opencv libjpeg-turbo cxx-compiler`, "
+            "then `pip install ffcv==1.0.2`"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)  # importing ffcv sets it to one for the whole process
+    return ffcv
+
+
+def write(
+    path: str | Path,
+    images: Sequence[np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    pixels: int,
+    source: str,
+    train: Manifest | None = None,
+    mode: Literal["raw", "jpg"] = "raw",
+    workers: int = 1,
+    on_error: Literal["stop", "skip"] = "stop",
+    progress: Callable[[int], object] = lambda count: None,
+) -> Manifest:
+    """Writes PATH.beton and PATH.json, where `path` is FOLDER/TASK/SPLIT. The same arguments give the same bytes.
+
+    Args:
+        images: images[i] is uint8 [pixels, pixels] (grey) or [pixels, pixels, 3]. It may be slow, `workers` threads
+            ask for images, and it may raise a ValueError that names the file.
+        labels: int64 [N], below len(class_names).
+        source: the data set and the options that made these images.
+        train: for a test split, the train split's manifest, whose mean, std and channels are taken over.
+        on_error: raise that ValueError, or leave the image out and record the line in `Manifest.skipped`.
+        progress: called with the number of images done since the last call.
+
+    Raises:
+        ValueError: no images, a label without a class, an image of another shape or one that does not decode.
+    """
+    path, labels = Path(path), np.asarray(labels, dtype=np.int64)
+    if len(images) != len(labels) or not len(labels):
+        raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise ValueError(f"{path}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beton, temporary = path.with_suffix(".beton"), path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        blocks = _in_threads(lambda block: _convert(images, block, pixels, on_error), len(labels), workers)
+        total = _encode(temporary, blocks, labels, pixels, mode, progress)
+        if not total.kept:
+            raise ValueError(f"{path}: no image decodes; the first of them: {total.faults[0]}")
+        mean, std = _mean_and_std(total, pixels)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest = Manifest(
+            name=path.parent.name,
+            split=path.name,
+            count=len(total.kept),
+            classes=len(class_names),
+            class_names=list(class_names),
+            pixels=pixels,
+            channels=train.channels if train else 1 if total.grey else 3,
+            mean=train.mean if train else mean,
+            std=train.std if train else std,
+            mode=mode,
+            source=source,
+            skipped=tuple(total.faults),
+            bytes=temporary.stat().st_size,
+            sha256=checksum,
+        )
+        _publish(temporary, beton)
+        with open(temporary, "w") as file:
+            file.write(manifest.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, beton.with_suffix(".json"))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return manifest
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of `path`, which names the .beton or the .json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a complete manifest.
+    """
+    path = Path(path).with_suffix(".json")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such manifest; {AGAIN}") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{path}: not a manifest: {where} {fault['msg']}; {AGAIN}") from None
+
+
+def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool = True) -> Manifest:
+    """Compares a .beton with its manifest (read from beside it if not given), which it returns.
+
+    Without `checksum` only the header and the sample records are read, so that any size takes milliseconds.
+
+    Raises:
+        FileNotFoundError: the .beton or its manifest is missing.
+        ValueError: the two do not fit; one line that names the file.
+    """
+    beton = Path(beton)
+    if not beton.is_file():
+        raise FileNotFoundError(f"{beton}: there is no such file; {AGAIN}")
+    manifest = manifest or read_manifest(beton)
+
+    def require(fits: bool, fault: str) -> None:
+        if not fits:
+            raise ValueError(f"{beton}: {fault}; {AGAIN}")
+
+    size = beton.stat().st_size
+    require(size == manifest.bytes, f"{size} bytes, but its manifest says {manifest.bytes}")
+    with open(beton, "rb") as file:
+        header, fields = np.fromfile(file, HEADER, 1), np.fromfile(file, FIELD, 2)
+        names = {name.decode("ascii", "replace") for name in fields["name"]}
+        require(
+            names == {"image", "label"} and header["version"][0] == 2 and header["fields"][0] == 2,
+            "its header is not that of FFCV's format 2 with an image and a label",
+        )
+        require(
+            header["samples"][0] == manifest.count,
+            f"{header['samples'][0]} samples, but its manifest says {manifest.count}",
+        )
+        require(0 < header["table"][0] < size, "its allocation table is missing: it was not written to the end")
+        samples = np.fromfile(file, SAMPLE, manifest.count)
+        require(len(samples) == manifest.count, f"too short for {manifest.count} samples")
+        labels, image = samples["label"], samples["image"]
+        require(
+            labels.min() >= 0 and labels.max() < manifest.classes,
+            f"labels {labels.min()}..{labels.max()}, but its manifest says {manifest.classes} classes",
+        )
+        side, pointer = manifest.pixels, image["pointer"]
+        require(
+            bool(((image["width"] == side) & (image["height"] == side)).all()),
+            f"images that are not {side} x {side}, as its manifest says",
+        )
+        require(bool(((pointer > 0) & (pointer < size)).all()), "images that lie outside the file")
+        if checksum:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            require(digest == manifest.sha256, "its checksum is not that of its manifest")
+    return manifest
+
+
+class _Block(NamedTuple):
+    """Converted images: indices kept, uint8 [n, P, P, 3], faults, and what the statistics need."""
+
+    kept: list[int]
+    images: np.ndarray
+    faults: list[str]
+    grey: bool
+    sums: np.ndarray  # int64 [3]
+    squares: np.ndarray  # int64 [3]
+
+
+def _convert(images: Sequence[np.ndarray], indices: range, pixels: int, on_error: str) -> _Block:
+    kept, faults, grey = [], [], True
+    rgb = np.empty((len(indices), pixels, pixels, 3), np.uint8)
+    for index in indices:
+        try:
+            image = images[index]
+        except ValueError as fault:
+            if on_error == "stop":
+                raise
+            faults.append(str(fault))
+            continue
+        if image.dtype != np.uint8 or image.shape not in ((pixels, pixels), (pixels, pixels, 3)):
+            raise ValueError(f"image {index} is {image.dtype} {list(image.shape)}, not uint8 of {pixels} pixels")
+        grey &= image.ndim == 2
+        rgb[len(kept)] = image if image.ndim == 3 else image[..., None]
+        kept.append(index)
+    rgb = rgb[: len(kept)]
+    flat = rgb.reshape(-1, 3)
+    sums = np.array([flat[:, channel].sum(dtype=np.int64) for channel in range(3)])
+    return _Block(kept, rgb, faults, grey, sums, np.einsum("nc,nc->c", flat, flat, dtype=np.int64))
+
+
+def _in_threads(convert: Callable[[range], _Block], count: int, workers: int) -> Iterator[_Block]:
+    """convert(block) for the blocks of range(count), in order, with at most 2 blocks a thread in memory."""
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, count, BLOCK):
+            waiting.append(pool.submit(convert, range(start, min(start + BLOCK, count))))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encode(
+    path: Path, blocks: Iterator[_Block], labels: np.ndarray, pixels: int, mode: str, progress: Callable[[int], object]
+) -> _Block:
+    """Writes the .beton, unsynced, and returns the sum of the blocks, without their images.
+
+    FFCV's writer waits for ever when one of its processes dies, so its parts are driven from this process instead.
+    """
+    ffcv = import_ffcv()
+    fields = {"image": ffcv.fields.RGBImageField(write_mode=mode), "label": ffcv.fields.IntField()}
+    small = pixels * pixels * 3 <= 1 << 16  # an image must fit in a page, and what is left of a page is lost
+    writer = ffcv.DatasetWriter(str(path), fields, page_size=1 << (21 if small else 23), num_workers=1)
+    writer.num_samples = len(labels)
+    writer.prepare()
+    records = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
+    pages = ffcv.memory_allocator.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
+    kept, faults, grey, sums, squares = [], [], True, np.zeros(3, np.int64), np.zeros(3, np.int64)
+    try:
+        with pages:
+            for block in blocks:
+                for index, image in zip(block.kept, block.images, strict=True):
+                    sample = (image, labels[index])
+                    ffcv.writer.handle_sample(sample, len(kept), records.dtype.names, records, pages, fields)
+                    kept.append(index)
+                faults += block.faults
+                grey, sums, squares = grey and block.grey, sums + block.sums, squares + block.squares
+                progress(len(block.kept) + len(block.faults))
+        writer.header["num_samples"] = len(kept)  # records of skipped images stay unused behind the last one
+        writer.finalize(pages.allocations)
+    finally:
+        del records  # the shared memory cannot be closed while an array looks into it
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+    return _Block(kept, np.empty(0), faults, grey, sums, squares)
+
+
+def _mean_and_std(total: _Block, pixels: int) -> tuple[list[float], list[float]]:
+    """Per channel, in 0..1. A constant channel gets the std of one grey level, so that one can divide by it."""
+    count = len(total.kept) * pixels * pixels
+    mean = total.sums / count
+    variance = np.maximum(total.squares / count - mean**2, 1.0)
+    return (mean / 255).tolist(), (np.sqrt(variance) / 255).tolist()
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Renames in one step, and makes the rename itself durable. The file is synced already."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

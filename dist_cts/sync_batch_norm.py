@@ -1,0 +1,55 @@
+"""Batch norm over a data group, so that D ranks with a D-th of a batch each compute what one rank would."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """All-reduce in forward and, since every rank's output depends on every input, in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class GroupBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d with the statistics of the whole group; `nn.SyncBatchNorm` is the same but for GPUs only."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * self.group.size()
+        mean = _SumOverGroup.apply(x.sum((0, 2, 3)), self.group) / count
+        centred = x - mean[:, None, None]
+        variance = _SumOverGroup.apply((centred * centred).sum((0, 2, 3)), self.group) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
+    """The model with its batch norms over `group`; names and parameters stay. None leaves it as it is."""
+    if group is None:
+        return model
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GroupBatchNorm
+            module.group = group
+    return model

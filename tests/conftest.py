@@ -1,0 +1,60 @@
+"""Shared by all tests: ranks as processes, small tasks in memory."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+torch.set_num_threads(1)
+# Ranks are forked from a process that has torch loaded but has started no thread: milliseconds instead of seconds.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torchvision", "dist_cts.meta_train"])
+
+
+class MemoryBatches:
+    """A task's batches from a generator keyed by (task, step); a data rank gets its slice."""
+
+    def __init__(self, task, *, batch_size=8, classes=4, pixels=8, data_rank=0, data_ranks=1):
+        self.task, self.batch_size, self.classes, self.pixels = task, batch_size, classes, pixels
+        self.share = slice(data_rank * batch_size // data_ranks, (data_rank + 1) * batch_size // data_ranks)
+        self.step, self.wait_seconds = 0, 0.0
+
+    def batch_at(self, step):
+        generator = torch.Generator().manual_seed(1000 * self.task + step)
+        x = torch.randn(self.batch_size, 3, self.pixels, self.pixels, generator=generator)
+        y = torch.randint(self.classes, (self.batch_size,), generator=generator)
+        return x[self.share], y[self.share]
+
+    def next(self):
+        self.step += 1
+        return self.batch_at(self.step - 1)
+
+    def seek(self, step):
+        self.step = step
+
+
+def _rank_main(rank, world_size, folder, scenario, args):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        torch.save(scenario(rank, *args), folder / f"rank-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """run_ranks(W, scenario, *args): scenario(rank, *args) on W gloo processes; what each rank returned, in order."""
+
+    def run(world_size, scenario, *args):
+        folder = tmp_path / f"ranks-{len(list(tmp_path.glob('ranks-*')))}"
+        folder.mkdir()
+        mp.start_processes(
+            _rank_main, (world_size, folder, scenario, args), nprocs=world_size, start_method="forkserver"
+        )
+        return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+    return run

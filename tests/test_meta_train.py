@@ -1,0 +1,105 @@
+"""The loop on real gloo ranks against the oracle."""
+
+import pytest
+import torch
+from conftest import MemoryBatches
+from reference import meta_train as reference
+
+from dist_cts import models
+from dist_cts.algorithms import ALGORITHMS
+from dist_cts.distributed import check_layouts, data_group, place
+from dist_cts.flat import FlatLayout, load_named
+from dist_cts.learner import InnerConfig, TaskLearner
+from dist_cts.meta_train import Progress, meta_train
+from dist_cts.models import ModelConfig
+from dist_cts.reducer import MetaReducer
+from dist_cts.sync_batch_norm import synchronise
+
+T, M, K, BETA = 4, 3, 6, 0.5
+TINY = ModelConfig(name="tiny")
+INNER = {
+    "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0},
+    "momentum and decay": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+    "nesterov": {"optimizer": "nesterov", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+    "adam": {"optimizer": "adam", "lr": 0.005, "momentum": 0.9, "weight_decay": 5e-4},
+}
+
+
+def make_model(task):
+    return models.build(TINY, 3 + task, "head", task)
+
+
+def named_body(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("fc.")}
+
+
+def phi_zero():
+    return named_body(models.build(TINY, 1, "phi")[0])
+
+
+def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean"):
+    """phi after M episodes on this rank, and phi - theta's largest change over the last shift."""
+    placement = place(tasks, world_size, rank)
+    group = data_group(placement, torch.device("cpu"))
+    learners = []
+    for task in placement.local_tasks:
+        model, head = make_model(task)
+        batches = MemoryBatches(task, classes=3 + task, data_rank=placement.data_rank, data_ranks=placement.data_ranks)
+        model = synchronise(model, group)
+        learners.append(TaskLearner(str(task), model, head, batches, InnerConfig(**inner), data_group=group))
+    layout = FlatLayout.of(phi_zero().items())
+    check_layouts(learners[0].flat.body_layout)
+    phi = torch.zeros(layout.numel)
+    load_named(layout, phi, phi_zero())
+    reducer = MetaReducer(phi, learners, placement, reduction)
+    meta_train(phi, learners, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K, progress=Progress(K))
+    return {name: view.clone() for name, view in layout.views(phi).items()}
+
+
+def oracle(tasks, inner, algorithm="cts"):
+    learners = [make_model(task)[0] for task in range(tasks)]
+    batches = [MemoryBatches(task, classes=3 + task) for task in range(tasks)]
+    return reference(
+        phi_zero(), learners, lambda t, s: batches[t].batch_at(s), inner, beta=BETA, M=M, K=K, algorithm=algorithm
+    )
+
+
+def assert_close(phi, expected, tolerance):
+    assert phi.keys() == expected.keys()
+    for name in phi:
+        torch.testing.assert_close(phi[name], expected[name], rtol=0, atol=tolerance)
+
+
+def assert_same_bits(phis):
+    for phi in phis[1:]:
+        for name in phi:
+            assert torch.equal(phi[name], phis[0][name]), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_cts_equals_the_oracle_on_any_number_of_ranks(run_ranks, world_size):
+    phis = run_ranks(world_size, train, world_size, T, INNER["momentum and decay"])
+    assert_same_bits(phis)
+    assert_close(phis[0], oracle(T, INNER["momentum and decay"]), 1e-6)
+
+
+def test_a_data_group_of_two_ranks_equals_one_rank_with_the_whole_batch(run_ranks):
+    phis = run_ranks(4, train, 4, 2, INNER["momentum and decay"])
+    assert_same_bits(phis)
+    assert_close(phis[0], oracle(2, INNER["momentum and decay"]), 1e-6)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "nesterov", "adam"])
+def test_inner_optimizers_equal_the_oracle(run_ranks, inner):
+    assert_close(run_ranks(2, train, 2, T, INNER[inner])[0], oracle(T, INNER[inner]), 1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["no_shifting", "reptile"])
+def test_other_rows_equal_the_oracle(run_ranks, algorithm):
+    phis = run_ranks(2, train, 2, T, INNER["momentum and decay"], algorithm)
+    assert_close(phis[0], oracle(T, INNER["momentum and decay"], algorithm), 1e-6)
+
+
+def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks):
+    phis = [run_ranks(w, train, w, T, INNER["momentum and decay"], "cts", "ordered") for w in (1, 2, 4)]
+    assert_same_bits([phi for ranks in phis for phi in ranks])

@@ -114,6 +114,8 @@ def write(
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"{path}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     beton, temporary = path.with_suffix(".beton"), path.with_suffix(f".{os.getpid()}.tmp")
     try:
         blocks = _in_threads(lambda block: _convert(images, block, pixels, on_error), len(labels), workers)
@@ -279,25 +281,23 @@ def _encode(
     writer = ffcv.DatasetWriter(str(path), fields, page_size=1 << (21 if small else 23), num_workers=1)
     writer.num_samples = len(labels)
     writer.prepare()
-    records = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
+    writer.metadata_sm.close()  # memory that FFCV's processes share; a killed run would leave it behind
+    writer.metadata_sm.unlink()
+    records = np.zeros(len(labels), writer.metadata_type)
+    writer.metadata_sm = types.SimpleNamespace(buf=records.view(np.uint8))
     pages = ffcv.memory_allocator.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
     kept, faults, grey, sums, squares = [], [], True, np.zeros(3, np.int64), np.zeros(3, np.int64)
-    try:
-        with pages:
-            for block in blocks:
-                for index, image in zip(block.kept, block.images, strict=True):
-                    sample = (image, labels[index])
-                    ffcv.writer.handle_sample(sample, len(kept), records.dtype.names, records, pages, fields)
-                    kept.append(index)
-                faults += block.faults
-                grey, sums, squares = grey and block.grey, sums + block.sums, squares + block.squares
-                progress(len(block.kept) + len(block.faults))
-        writer.header["num_samples"] = len(kept)  # records of skipped images stay unused behind the last one
-        writer.finalize(pages.allocations)
-    finally:
-        del records  # the shared memory cannot be closed while an array looks into it
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+    with pages:
+        for block in blocks:
+            for index, image in zip(block.kept, block.images, strict=True):
+                sample = (image, labels[index])
+                ffcv.writer.handle_sample(sample, len(kept), records.dtype.names, records, pages, fields)
+                kept.append(index)
+            faults += block.faults
+            grey, sums, squares = grey and block.grey, sums + block.sums, squares + block.squares
+            progress(len(block.kept) + len(block.faults))
+    writer.header["num_samples"] = len(kept)  # records of skipped images stay unused behind the last one
+    writer.finalize(pages.allocations)
     return _Block(kept, np.empty(0), faults, grey, sums, squares)
 
 

@@ -1,0 +1,123 @@
+"""A data set as its reader found it: labels in memory, images opened one by one, and what can be selected from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dist_cts.seeds import hashed_seed
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """labels int64 [N]; `load(i)` gives image i at its own size, as uint8 [H, W] or [H, W, 3] or as PIL's L or RGB."""
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    load: Callable[[int], Image.Image | np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "RawDataset":
+        return replace(self, labels=self.labels[indices], load=lambda i: self.load(int(indices[i])))
+
+
+@dataclass(frozen=True)
+class Resized(Sequence):
+    """The images of a data set, each uint8 [pixels, pixels] or [pixels, pixels, 3]."""
+
+    raw: RawDataset
+    pixels: int
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return resize(self.raw.load(index), self.pixels)
+
+
+def from_files(class_names: Sequence[str], files: Sequence[tuple[Path, int]]) -> RawDataset:
+    """A data set of (path, label) pairs, in their order."""
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return RawDataset(tuple(class_names), labels, lambda i: open_image(files[i][0]))
+
+
+def open_image(path: Path) -> Image.Image:
+    """The first frame of an image file, upright, as L if the file is grey and as RGB otherwise.
+
+    16-bit grey keeps its upper byte, as PIL does for 16-bit colour; transparent parts become white.
+
+    Raises:
+        ValueError: it does not decode, or its pixels are floating-point numbers; the message names the file.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except Exception as error:  # decoders of damaged files raise almost anything
+        raise ValueError(f"{path}: does not decode: {' '.join(str(error).split())}") from None
+    if image.mode in ("L", "RGB") and not image.has_transparency_data:
+        return image
+    if image.mode == "F":
+        raise ValueError(f"{path}: floating-point pixels have no defined range")
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; PIL reads a 16-bit PGM as "I"
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"{path}: pixels {values.min()}..{values.max()} are not 16-bit")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("L" if grey else "RGB")
+
+
+def resize(image: Image.Image | np.ndarray, pixels: int) -> np.ndarray:
+    """uint8 [pixels, pixels] or [pixels, pixels, 3] by PIL's bilinear filter; the aspect ratio is not kept."""
+    if image.size != (pixels, pixels) if isinstance(image, Image.Image) else image.shape[:2] != (pixels, pixels):
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image = image.resize((pixels, pixels), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def select_classes(raw: RawDataset, first: int, stop: int) -> RawDataset:
+    """The classes first..stop-1, counted from 0 in the data set's own order; `first` becomes label 0."""
+    if not 0 <= first < stop <= len(raw.class_names):
+        raise ValueError(f"classes {first}:{stop} are not within 0:{len(raw.class_names)}")
+    chosen = raw.take(np.flatnonzero((first <= raw.labels) & (raw.labels < stop)))
+    return replace(chosen, class_names=raw.class_names[first:stop], labels=chosen.labels - first)
+
+
+def split(raw: RawDataset, test_fraction: float, seed: int) -> tuple[RawDataset, RawDataset]:
+    """Train and test: of every class a random `test_fraction`, at least one image, goes to test."""
+    rank = _ranks(raw, "split", seed)
+    sizes = np.bincount(raw.labels, minlength=len(raw.class_names))
+    if sizes.min() < 2:
+        name = raw.class_names[int(sizes.argmin())]
+        raise ValueError(f"class {name} has {sizes.min()} images; a split into train and test needs 2 a class")
+    share = np.clip(np.round(sizes * test_fraction), 1, sizes - 1)
+    test = rank < share[raw.labels]
+    return raw.take(np.flatnonzero(~test)), raw.take(np.flatnonzero(test))
+
+
+def limit(raw: RawDataset, count: int, seed: int) -> RawDataset:
+    """`count` random images, as many of each class as of any other while the class lasts; all if there are fewer.
+
+    A smaller count of the same seed is a subset of a larger one.
+    """
+    if count < len(raw.class_names):
+        raise ValueError(f"a limit of {count} images leaves some of the {len(raw.class_names)} classes empty")
+    chosen = np.lexsort((raw.labels, _ranks(raw, "limit", seed)))[:count]  # the first of every class, then ...
+    return raw.take(np.sort(chosen))
+
+
+def _ranks(raw: RawDataset, purpose: str, seed: int) -> np.ndarray:
+    """int64 [N]: each image's place in a random order of its class."""
+    ranks = np.empty(len(raw), np.int64)
+    for label, name in enumerate(raw.class_names):
+        members = np.flatnonzero(raw.labels == label)
+        ranks[members] = np.random.default_rng(hashed_seed(purpose, seed, name)).permutation(len(members))
+    return ranks

@@ -1,0 +1,152 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_cts.data import beton, embedded
+from launch.prepare import main
+from tests.data.betons import read_back
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An image folder of three classes with ten photos each, none of them square."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def run(out, *arguments):
+    return main([*map(str, arguments), "--out", str(out)])
+
+
+def expected_pixels(path, pixels):
+    return np.asarray(Image.open(path).resize((pixels, pixels), Image.Resampling.BILINEAR))
+
+
+def test_pixels_equal_the_resized_source_to_the_bit(tmp_path, photos, capsys):
+    assert run(tmp_path, "image-folder", "--root", photos, "--name", "mine", "--pixels", 6) == 0
+    assert "24 train and 6 test images, 3 classes, 6 x 6 RGB, raw" in capsys.readouterr().out
+    sources = {expected_pixels(path, 6).tobytes(): path for path in photos.rglob("*.png")}
+    found = []
+    for split, count in (("train", 8), ("test", 2)):
+        images, labels = read_back(tmp_path / f"mine/{split}.beton")
+        assert np.bincount(labels).tolist() == [count] * 3
+        paths = [sources[image.tobytes()] for image in images]
+        assert [("ant", "bee", "cow")[label] for label in labels] == [path.parent.name for path in paths]
+        assert paths == sorted(paths)
+        found += paths
+    assert sorted(found) == sorted(sources.values())
+    train, test = (beton.verify(tmp_path / f"mine/{split}.beton") for split in ("train", "test"))
+    assert (train.mean, train.std) == (test.mean, test.std)
+    assert train.class_names == test.class_names == ["ant", "bee", "cow"]
+
+
+def test_ranges_limit_and_default_names(tmp_path, photos):
+    options = ("--root", photos, "--pixels", 6, "--split-classes", "1:3", "--limit", 7, "--test-fraction", 0.5)
+    assert run(tmp_path / "out", "image-folder", *options) == 0
+    train = beton.verify(tmp_path / "out/photos-1-3/train.beton")
+    assert (train.class_names, train.count) == (["bee", "cow"], 7)
+    assert beton.verify(tmp_path / "out/photos-1-3/test.beton").count == 10
+
+
+def test_what_is_there_and_intact_is_left_alone(tmp_path, photos, capsys):
+    arguments = ("image-folder", "--root", photos, "--pixels", 6, "--name", "mine")
+    run(tmp_path, *arguments)
+    path = tmp_path / "mine/train.beton"
+    before, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(tmp_path, *arguments) == 0
+    assert "already there and intact" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns == stamp
+
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert run(tmp_path, *arguments) == 0
+    assert "checksum" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+    assert run(tmp_path, *arguments, "--seed", 1) == 0
+    assert "other options" in capsys.readouterr().out
+    assert path.read_bytes() != before
+
+    assert run(tmp_path, "digits", "--name", "mine") == 1
+    assert "holds another data set" in capsys.readouterr().err
+
+
+def test_images_that_do_not_decode(tmp_path, photos, capsys):
+    (photos / "bee/3.png").write_bytes((photos / "bee/3.png").read_bytes()[:90])
+    arguments = ("image-folder", "--root", photos, "--pixels", 6, "--name", "mine")
+    assert run(tmp_path, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "bee/3.png: does not decode" in error
+    assert error.count("\n") == 1
+    assert run(tmp_path, *arguments, "--on-error", "skip") == 0
+    assert "left out 1" in capsys.readouterr().out
+    manifests = [beton.verify(tmp_path / f"mine/{split}.beton") for split in ("train", "test")]
+    assert sum(manifest.count for manifest in manifests) == 29
+    (line,) = manifests[0].skipped + manifests[1].skipped
+    assert "bee/3.png" in line
+
+
+def test_jpg_mode(tmp_path):
+    assert run(tmp_path, "digits", "--pixels", 16, "--limit", 50, "--mode", "jpg") == 0
+    train = beton.verify(tmp_path / "digits/train.beton")
+    assert (train.mode, train.count, train.channels) == ("jpg", 50, 1)
+
+
+def test_an_embedded_task_keeps_its_bits(tmp_path):
+    assert run(tmp_path, "embedded:colours") == 0
+    for split, drawn in zip(("train", "test"), embedded.make("colours"), strict=True):
+        images, labels = read_back(tmp_path / f"colours/{split}.beton")
+        np.testing.assert_array_equal(images, drawn.images)
+        np.testing.assert_array_equal(labels, drawn.labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ([], "name one data set or one --suite"),
+        (["digits", "--suite", "demo"], "name one data set or one --suite"),
+        (["nothing"], "no data set 'nothing'"),
+        (["--suite", "nothing"], "no suite 'nothing'"),
+        (["gtsrb"], "gtsrb needs --root"),
+        (["digits", "--pixels", "0"], "--pixels"),
+        (["digits", "--pixels", "x"], "--pixels"),
+        (["digits", "--limit", "-1"], "--limit"),
+        (["digits", "--test-fraction", "1"], "--test-fraction"),
+        (["digits", "--workers", "0"], "--workers"),
+        (["digits", "--split-classes", "5:5"], "'5:5' is no range"),
+        (["digits", "--split-classes", "5"], "'5' is no range"),
+        (["digits", "--split-classes", "5:11"], "classes 5:11 are not within 0:10"),
+        (["digits", "--limit", "9"], "limit of 9 images"),
+        (["digits", "--name", "../x"], "no name for a folder"),
+        (["--suite", "demo", "--name", "x"], "--name is for one data set"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_a_line(tmp_path, capsys, arguments, fault):
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, *arguments)
+    assert caught.value.code == 2
+    assert fault in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_raw_data_exit_with_1_and_say_where_to_get_them(tmp_path, capsys):
+    assert run(tmp_path, "gtsrb", "--root", tmp_path / "gone") == 1
+    error = capsys.readouterr().err
+    assert "gone: there is no such folder" in error
+    assert "torchvision.datasets.GTSRB" in error
+
+
+def test_the_script_runs(tmp_path):
+    command = [sys.executable, "launch/prepare.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "tiny-imagenet" in result.stdout

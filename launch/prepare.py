@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.monotonic()
         try:
             train, test = prepare(entry, args.root, folder, options, args.workers, args.on_error)
-        except OptionError as fault:
+        except (OptionError, FileNotFoundError) as fault:
             usage.error(f"{entry.name}: {fault}")
         except (ValueError, OSError, ImportError) as fault:
             print(f"error: {fault}", file=sys.stderr)

@@ -138,8 +138,10 @@ def test_bad_usage_exits_with_2_and_a_line(tmp_path, capsys, arguments, fault):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_raw_data_exit_with_1_and_say_where_to_get_them(tmp_path, capsys):
-    assert run(tmp_path, "gtsrb", "--root", tmp_path / "gone") == 1
+def test_missing_raw_data_exit_with_2_and_say_where_to_get_them(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, "gtsrb", "--root", tmp_path / "gone")
+    assert caught.value.code == 2
     error = capsys.readouterr().err
     assert "gone: there is no such folder" in error
     assert "torchvision.datasets.GTSRB" in error

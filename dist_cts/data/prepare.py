@@ -50,14 +50,15 @@ def prepare(
 
     Raises:
         OptionError: the class range or the limit does not fit the data set.
-        ValueError, FileNotFoundError: the raw data are not what they should be, or the folder holds another data set.
+        FileNotFoundError: there is no folder `root`.
+        ValueError: the raw data are not what they should be, or the folder holds another data set.
     """
     source = _source(entry, root, options)
     done = _prepared(folder, source, say)
     if done:
         return done
     if entry.needs_root and (root is None or not root.is_dir()):
-        raise FileNotFoundError(f"{root}: there is no such folder; get {entry.name} from: {entry.where}")
+        raise FileNotFoundError(f"{root}: there is no such folder; where to get the data: {entry.where}")
     splits = _select(entry.read(root), options)
     pixels = options.pixels or entry.pixels or len(np.asarray(splits[0].load(0)))
     manifests = []

@@ -1,0 +1,73 @@
+# From a bare clone, `make demo` or `make test` is all: Python packages go into .venv, once.
+# PYTHON=/path/to/python chooses the interpreter; the default is the first of these that is 3.11 or 3.12.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: setup demo test lint format clean help
+
+PYTHON ?= python3 python3.12 python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+setup: $(STAMP) ## make .venv and install everything into it
+
+demo: $(STAMP) ## meta-train eight small tasks on eight ranks, then meta-test phi
+	$(BIN)/python launch/prepare.py --suite demo --out data/demo
+	$(BIN)/torchrun --standalone --nproc_per_node=8 launch/train.py --config configs/demo.yaml
+	$(BIN)/python launch/meta_test.py --config configs/demo_meta_test.yaml --phi runs/demo/phi.safetensors
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style and format, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## fix style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## delete .venv and caches; data/ and runs/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile
+
+# FFCV comes as source: compiling it takes a C++ compiler, Python's headers and two libraries with headers.
+# The first word of a `need` line is the Debian package, the rest is the command that succeeds where it is present.
+$(STAMP): pyproject.toml
+	@for python in $(PYTHON) ''; do
+		"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' 2>/dev/null && break
+	done || { echo "No Python 3.11 or 3.12 among: $(PYTHON). Install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+
+	missing=
+	need() { "$${@:2}" >/dev/null 2>&1 || missing+=" $$1"; }
+	minor=$$("$$python" -c 'import sys; print("python3.%d" % sys.version_info[1])')
+	need g++               command -v $(firstword $(CXX))
+	need pkg-config        command -v pkg-config
+	need libopencv-dev     pkg-config --exists opencv4
+	need libturbojpeg0-dev pkg-config --exists libturbojpeg
+	need "$$minor-dev"     "$$python" -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")'
+	need "$$minor-venv"    "$$python" -c 'import ensurepip'
+	if [ -n "$$missing" ]; then
+		install="apt-get install -y --no-install-recommends$$missing"
+		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo -n)
+		if ! command -v apt-get >/dev/null || ! $$sudo true 2>/dev/null; then
+			echo "FFCV cannot be compiled: missing$$missing. Run one of these, then make again:"
+			echo "  Debian, Ubuntu:  sudo apt-get update && sudo $$install"
+			echo "  conda:           conda create -y -n dist_cts -c conda-forge python=3.12 cxx-compiler pkg-config" \
+				"'libopencv<5' libjpeg-turbo && conda activate dist_cts"
+			exit 1
+		fi >&2
+		$$sudo apt-get update -q || true # one broken source is no matter: the next line decides
+		$$sudo env DEBIAN_FRONTEND=noninteractive $$install
+	fi
+
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv
+	echo "Installing into .venv: some minutes and about 6 GB, once."
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -c 'import ffcv, torchvision'
+	touch $@

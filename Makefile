@@ -41,7 +41,7 @@ help: ## list the targets
 $(STAMP): pyproject.toml
 	@for python in $(PYTHON) ''; do
 		"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' 2>/dev/null && break
-	done || { echo "No Python 3.11 or 3.12 among: $(PYTHON). Install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	done || { echo "No Python 3.11 or 3.12 among: $(PYTHON). Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 
 	missing=
 	need() { "$${@:2}" >/dev/null 2>&1 || missing+=" $$1"; }

@@ -1,5 +1,6 @@
 """The process group, and which task learners live on which rank."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from dist_cts.exit_codes import RunError
 from dist_cts.flat import FlatLayout
 
 
@@ -140,3 +143,17 @@ def check_layouts(layout: FlatLayout) -> None:
         a, b = (side[index] if index < len(side) else "nothing" for side in (mine, theirs))
         if a != b:
             raise ValueError(f"ranks 0 and {other} build different bodies: tensor {index} is {a} against {b}")
+
+
+def check_same_bits(vector: Tensor, step: int) -> None:
+    """Compares a replicated vector's bits over all ranks by their hashes.
+
+    Raises:
+        RunError: a rank differs; it is named.
+    """
+    mine = hashlib.sha256(vector.cpu().numpy().tobytes()).hexdigest()
+    hashes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hashes, mine)
+    for rank, other in enumerate(hashes):
+        if other != hashes[0]:
+            raise RunError(f"step {step}: phi on rank {rank} differs from rank 0's; restart from the newest checkpoint")

@@ -1,0 +1,111 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dist_cts.distributed import Placement, place
+from dist_cts.meta_train import Progress
+from dist_cts.reducer import Control
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, above the progress bar where there is one; only on rank 0."""
+    if dist.get_rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+class Metrics:
+    """Collects the control tails between two logs, and writes a record for every task at each log.
+
+    Only rank 0 writes and prints: the tails carry every task's loss and accuracy to it without a message of their own.
+    """
+
+    def __init__(self, folder: Path, tasks: list[str], placement: Placement, progress: Progress, steps: int) -> None:
+        """`steps`: the inner steps of the whole run, for the progress bar; `progress` says how many are done."""
+        self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
+        self.ranks = [_first_rank(placement, task) for task in range(len(tasks))]
+        self.active = placement.rank == 0
+        self._clear()
+        if self.active:
+            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=progress.step + 1)
+            terminal = sys.stderr.isatty()
+            self.bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not terminal, dynamic_ncols=True)
+
+    def add(self, control: Control) -> None:
+        """Counts one reduction's report in."""
+        self._steps += control.steps
+        self._loss += control.steps * control.loss
+        self._accuracy += control.steps * control.accuracy
+        self._wait += control.wait_seconds
+
+    def log(self, progress: Progress) -> None:
+        """Writes the means since the last log, a line a task, and starts anew."""
+        if self.active and self._steps.sum() > 0:
+            rate = float(self._steps.max()) / (time.perf_counter() - self._since)
+            loss, accuracy = self._loss / self._steps, self._accuracy / self._steps
+            for task, name in enumerate(self.tasks):
+                self._write(
+                    progress,
+                    task=name,
+                    loss=round(float(loss[task]), 6),
+                    accuracy=round(float(accuracy[task]), 6),
+                    steps_per_second=round(rate, 3),
+                    rank=self.ranks[task],
+                    wait_seconds=round(float(self._wait[self.ranks[task]]), 4),
+                )
+            means = {"mean/loss": loss.mean(), "mean/accuracy": accuracy.mean(), "steps_per_second": rate}
+            for tag, value in means.items():
+                self.board.add_scalar(tag, value, progress.step)
+            self._show(progress, loss, accuracy, rate)
+        self._clear()
+
+    def log_test(self, progress: Progress, task: str, loss: float, accuracy: float) -> None:
+        """Writes one task's loss and accuracy (0 .. 1) on its own test images, theta in mid-trajectory."""
+        if self.active:
+            self._write(progress, task=task, test_loss=round(loss, 6), test_accuracy=round(accuracy, 6))
+            say(f"step {progress.step}: {task} test accuracy {100 * accuracy:.1f} %, test loss {loss:.3f}")
+
+    def close(self) -> None:
+        """Closes the files; what was written stays."""
+        if self.active:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+    def _write(self, progress: Progress, **values: float | str) -> None:
+        record = {"step": progress.step, "episode": progress.episode, "inner_step": progress.inner_step, **values}
+        self.file.write(json.dumps(record) + "\n")
+        for key in values.keys() - {"task", "steps_per_second", "rank"}:
+            self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
+
+    def _show(self, progress: Progress, loss: torch.Tensor, accuracy: torch.Tensor, rate: float) -> None:
+        mean = f"loss {loss.mean():.3f} accuracy {100 * accuracy.mean():.1f} %"
+        self.bar.set_description(f"episode {progress.episode}", refresh=False)
+        self.bar.set_postfix_str(mean, refresh=False)
+        self.bar.update(progress.step - self.bar.n)
+        if self.bar.disable:
+            tasks = " ".join(f"{name} {loss[task]:.2f}" for task, name in enumerate(self.tasks))
+            say(
+                f"step {progress.step}/{self.steps} episode {progress.episode} k {progress.inner_step} {mean} "
+                f"{rate:.1f} steps/s wait {float(self._wait.max()):.2f} s | {tasks}"
+            )
+
+    def _clear(self) -> None:
+        tasks = len(self.tasks)
+        self._steps, self._loss, self._accuracy = torch.zeros(3, tasks).unbind()
+        self._wait = torch.zeros(self.world_size)
+        self._since = time.perf_counter()
+
+
+def _first_rank(placement: Placement, task: int) -> int:
+    world_size = placement.world_size
+    return next(r for r in range(world_size) if task in place(placement.tasks, world_size, r).local_tasks)

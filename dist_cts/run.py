@@ -1,0 +1,294 @@
+"""A meta-training run: its config, and what stands around the loop of meta_train.py."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from dist_cts import models, run_folder
+from dist_cts.algorithms import ALGORITHMS
+from dist_cts.checkpoint import CheckpointConfig, Checkpoints, export_phi
+from dist_cts.config import Config
+from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
+from dist_cts.distributed import (
+    check_layouts,
+    check_same_bits,
+    data_group,
+    pick_device,
+    place,
+    process_group,
+    together,
+)
+from dist_cts.exit_codes import DONE, STOPPED, RunError
+from dist_cts.flat import load_named
+from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner
+from dist_cts.meta_train import Progress, meta_train
+from dist_cts.metrics import Metrics, say
+from dist_cts.models import ModelConfig
+from dist_cts.reducer import Control, MetaReducer, Reduction
+from dist_cts.sync_batch_norm import synchronise
+
+
+class TaskConfig(Config):
+    """One task: the name of its prepared folder, and what differs from the other tasks."""
+
+    name: str
+    classes: int | None = Field(None, gt=0, description="checked against the manifest")
+    batch_size: int | None = Field(None, gt=0, description="this task's own batch size")
+
+
+Task = Annotated[TaskConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
+
+
+class TrainConfig(Config):
+    """A meta-training run; the defaults are the paper's section 4.2."""
+
+    algorithm: str = Field("cts", description=", ".join(ALGORITHMS))
+    episodes: int = Field(200, gt=0, description="M, times that every learner starts from phi")
+    inner_steps: int = Field(1000, gt=0, description="K, inner steps an episode")
+    meta_lr: float = Field(0.01, gt=0, description="beta; it falls as K grows (supplement, Table 3)")
+    tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
+    batch_size: int = Field(128, gt=0, description="images of one task in one inner step")
+    seed: int = Field(0, description="phi_0, the heads and every sample follow from it")
+    run_dir: Path | None = Field(None, description="the run's folder; default runs/NAME of the config file")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; theta, phi, the mean stay fp32")
+    channels_last: bool = Field(False, description="memory format of images and weights")
+    reduction: Reduction = Field("mean", description="mean, or ordered: the same bits on any number of ranks")
+    nonfinite: Literal["abort", "skip"] = Field("abort", description="skip: restart that learner from phi, go on")
+    log_every: int = Field(100, gt=0, description="inner steps between two records of metrics.jsonl")
+    eval_every: int = Field(0, ge=0, description="inner steps between two tests of each theta; 0: never")
+    check_every: int = Field(1000, gt=0, description="inner steps between two comparisons of phi over the ranks")
+    timeout_seconds: float = Field(120, gt=0, description="how long a rank waits for a lost one")
+    max_minutes: float = Field(0, ge=0, description="stop with a checkpoint after so long; 0: never")
+    inner: InnerConfig = InnerConfig()
+    reset: ResetConfig = ResetConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def train(config: TrainConfig) -> int:
+    """Meta-trains on this rank of torchrun (or alone), going on from what the run folder holds; gives the exit code.
+
+    Raises:
+        ValueError, FileNotFoundError: the run cannot start as configured.
+        RunError: it failed on the way.
+    """
+    device = pick_device(config.device)
+    with process_group(device, config.timeout_seconds):
+        with together():
+            run = Run(config, device)
+        return run.train()
+
+
+class Run:
+    """This rank's share of a run: its learners, the replicated phi, and what happens after each step."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        """Opens and checks all that can be wrong on one rank alone; exchanges nothing with the others."""
+        if config.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm={config.algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+        self.names = [task.name for task in config.tasks]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"tasks: a name stands twice in {', '.join(self.names)}")
+        self.config, self.device, self.folder = config, device, config.run_dir
+        self.placement = place(len(self.names), dist.get_world_size(), dist.get_rank())
+        self.learners = [self._learner(config.tasks[task]) for task in self.placement.local_tasks]
+        if self.placement.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = run_folder.lock(self.folder)
+
+    def train(self) -> int:
+        """Resumes, runs the loop, exports phi; 0, or 75 when it was asked to stop."""
+        config, placement = self.config, self.placement
+        self._join_data_groups()
+        self.layout = self.learners[0].flat.body_layout
+        check_layouts(self.layout)
+        self.phi = self._phi_zero()
+        self.progress = Progress(config.inner_steps)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint, placement, warn=say)
+        resumed = self.checkpoints.load_newest(self.phi, self.layout, self.learners, config)
+        self.progress.step = resumed or 0
+        for learner in self.learners:
+            learner.batches.seek(self.progress.step)
+        if placement.rank == 0:
+            run_folder.describe(self.folder, config, self.device, placement.world_size)
+        self.reducer = MetaReducer(self.phi, self.learners, placement, config.reduction)
+        steps = config.episodes * config.inner_steps
+        self.metrics = Metrics(self.folder, self.names, placement, self.progress, steps)
+        if resumed is not None:
+            say(f"going on from the checkpoint of step {resumed}")
+        self.started = time.monotonic()
+        with self._stop_signals(), _lost_peers_named():
+            meta_train(
+                self.phi,
+                self.learners,
+                ALGORITHMS[config.algorithm],
+                self.reducer,
+                beta=config.meta_lr,
+                M=config.episodes,
+                K=config.inner_steps,
+                progress=self.progress,
+                after_step=self.after_step,
+            )
+        return self._end(finished=self.progress.step == steps)
+
+    def after_step(self) -> None:
+        """Obeys the control tail, logs, tests, saves: whatever is decided here, all ranks decide at the same step."""
+        config, step = self.config, self.progress.step
+        if config.max_minutes and time.monotonic() - self.started > 60 * config.max_minutes:
+            self.reducer.stop_requested = True
+        log, save = step % config.log_every == 0, self.checkpoints.due(step)
+        for control in self.reducer.received(flush=log or save):
+            self._obey(control)
+        if log:
+            self.metrics.log(self.progress)
+        if config.eval_every and step % config.eval_every == 0:
+            self._test()
+        if save or step % config.check_every == 0:
+            check_same_bits(self.phi, step)
+        if save:
+            self._save(wait=False)
+
+    def _obey(self, control: Control) -> None:
+        self.metrics.add(control)
+        self.progress.stopping |= control.stop
+        if not control.nonfinite:
+            return
+        names = ", ".join(self.names[task] for task in control.nonfinite)
+        fault = f"step {control.step}: the update of task {names} is not finite"
+        if self.config.nonfinite == "abort":
+            raise RunError(
+                f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, look at that task's images, "
+                "or set nonfinite=skip; the newest checkpoint is in " + str(self.folder / "checkpoints")
+            )
+        say(f"{fault}; that learner starts again from phi")
+        for task, learner in zip(self.placement.local_tasks, self.learners, strict=True):
+            if task in control.nonfinite:
+                learner.restart(self.phi)
+
+    def _learner(self, task: TaskConfig) -> TaskLearner:
+        config, placement = self.config, self.placement
+        folder = config.data.root / task.name
+        source = open_task(folder, "train", config.data, self.device)
+        manifest = source.manifest
+        if task.classes not in (None, manifest.classes):
+            raise ValueError(f"task {task.name}: {task.classes} classes configured, {folder} has {manifest.classes}")
+        batches = TaskBatches(
+            source,
+            config.seed,
+            task.batch_size or config.batch_size,
+            config.data,
+            data_rank=placement.data_rank,
+            data_ranks=placement.data_ranks,
+            channels_last=config.channels_last,
+        )
+        model, head = models.build(config.model, manifest.classes, config.seed, "head", task.name)
+        model = model.to(self.device, memory_format=_memory_format(config))
+        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        return TaskLearner(task.name, model, head, batches, config.inner, reset=config.reset, autocast=autocast)
+
+    def _join_data_groups(self) -> None:
+        group = data_group(self.placement, self.device)
+        for learner in self.learners:
+            learner.data_group = group
+            learner.model = synchronise(learner.model, group)
+
+    def _phi_zero(self) -> Tensor:
+        """phi_0 [N] from the seed, the same on every rank from step 0 (the released code's ranks start apart)."""
+        phi = torch.zeros(self.layout.numel, dtype=self.layout.dtype, device=self.device)
+        if self.placement.rank == 0:
+            model, _ = models.build(self.config.model, 1, self.config.seed, "phi")
+            load_named(self.layout, phi, model.state_dict())
+        dist.broadcast(phi, 0)
+        return phi
+
+    def _test(self) -> None:
+        """Every theta on its task's whole test split; the results meet on rank 0."""
+        results = []
+        if self.placement.contributes:
+            for learner in self.learners:
+                source = open_task(self.config.data.root / learner.name, "test", self.config.data, self.device)
+                batches = test_batches(source, self.config.batch_size, self.config.data)
+                results.append((learner.name, *learner.evaluate(batches)))
+        gathered: list[list] = [[] for _ in range(self.placement.world_size)]
+        dist.all_gather_object(gathered, results)
+        for result in (result for results in gathered for result in results):
+            self.metrics.log_test(self.progress, *result)
+
+    def _save(self, wait: bool) -> bool:
+        return self.checkpoints.save(self.progress.step, self.phi, self.layout, self.learners, self.config, wait=wait)
+
+    def _end(self, finished: bool) -> int:
+        for control in self.reducer.received(flush=True):
+            self._obey(control)
+        self.metrics.log(self.progress)
+        check_same_bits(self.phi, self.progress.step)
+        saved = self._save(wait=True)
+        for learner in self.learners:
+            learner.batches.close()
+        phi = self.folder / "phi.safetensors"
+        if self.placement.rank == 0:
+            named = {name: view.contiguous() for name, view in self.layout.views(self.phi.cpu()).items()}
+            details = {"model": self.config.model.name, "width": str(self.config.model.width)}
+            export_phi(phi, named, details | {"step": str(self.progress.step), "algorithm": self.config.algorithm})
+        dist.barrier()
+        if finished:
+            say(f"done: {self.progress.step} steps, phi is in {phi}")
+        elif saved:
+            say(f"stopped at step {self.progress.step}, a checkpoint is written: the same command goes on")
+        self.metrics.close()
+        if not finished and not saved:
+            raise RunError(f"stopped at step {self.progress.step}, but no checkpoint of it could be written")
+        return DONE if finished else STOPPED
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """SIGTERM, SIGUSR2 or Ctrl-C to any rank stops all of them cleanly; Ctrl-C again, a second later, at once."""
+
+        def request_stop(number: int, frame: object) -> None:
+            since = time.monotonic() - self.stop_time if self.reducer.stop_requested else 0.0
+            if number == signal.SIGINT and since > 1:  # a terminal's Ctrl-C reaches a rank twice, through torchrun too
+                raise KeyboardInterrupt
+            if not self.reducer.stop_requested:
+                self.stop_time = time.monotonic()
+            self.reducer.stop_requested = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals belong to the main thread; a run started from another one is stopped by max_minutes
+            return
+        numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+        before = {number: signal.signal(number, request_stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _memory_format(config: TrainConfig) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+@contextmanager
+def _lost_peers_named() -> Iterator[None]:
+    """Turns what gloo and NCCL raise when a rank is gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, dist.DistError) or "gloo" in text:
+            raise RunError(
+                f"another rank is gone or has not answered in time ({text[:160]}); its own message is above. "
+                "Start the same command again: it goes on from the newest checkpoint"
+            ) from error
+        raise

@@ -1,0 +1,46 @@
+"""Meta-trains phi; see --help."""
+
+import argparse
+import sys
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  torchrun --standalone --nproc_per_node=8 launch/train.py --config configs/demo.yaml
+  torchrun --standalone --nproc_per_node=4 launch/train.py --config configs/demo.yaml algorithm=reptile meta_lr=1
+  python launch/train.py --config configs/demo.yaml run_dir=runs/alone          (all tasks in one process)
+
+T tasks run on 1 .. T ranks or a multiple of T. The same command goes on where a run stopped. Exit codes: 0 done,
+75 stopped on request with a checkpoint written, 1 error, 2 bad usage or config (torchrun makes 1 of every one but 0).
+
+config keys and their defaults:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Meta-train a shared initialization phi over many tasks, one task learner a rank.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
+    if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
+        from dist_cts import config, run
+
+        parser.epilog = EPILOG + "\n".join(config.describe(run.TrainConfig))
+    args = parser.parse_intermixed_args(arguments)
+
+    from dist_cts import config, run
+    from dist_cts.exit_codes import finish
+
+    def command() -> int:
+        settings = config.load(run.TrainConfig, args.config, args.overrides)
+        run_dir = settings.run_dir or Path("runs") / args.config.stem
+        return run.train(settings.model_copy(update={"run_dir": run_dir}))
+
+    return finish(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

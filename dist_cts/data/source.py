@@ -170,9 +170,8 @@ class StreamingFeed:
 
     def _next(self) -> np.ndarray:
         # FFCV's own __next__ waits for ever if the thread has died.
-        deadline = time.monotonic() + STALLED
+        deadline, alive = time.monotonic() + STALLED, True
         while True:
-            alive = self._iterator.is_alive()  # asked first: what it put before it died is still in the queue
             try:
                 item = self._iterator.output_queue.get(timeout=0.5 if alive else 0.0)
             except queue.Empty:
@@ -180,6 +179,7 @@ class StreamingFeed:
                     raise self._error("died") from self._iterator.fault
                 if time.monotonic() > deadline:
                     raise self._error(f"gave nothing for {STALLED:.0f} s") from None
+                alive = self._iterator.is_alive()  # if not, look once more: it may have put a batch before it died
                 continue
             assert item is not None, "more batches taken than rows announced"
             _, (images,) = item

@@ -2,24 +2,165 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from dist_cts import meta_gradients, shifts
+from dist_cts.config import Config
 from dist_cts.learner import TaskLearner
+from dist_cts.meta_gradients import GradientBatch, IMAMLConfig, LeapConfig
+from dist_cts.progress import Progress
+
+
+class MethodConfig(Config):
+    """Options of the algorithm; one that is given to an algorithm that does not take it is an error."""
+
+    shift_every: int | None = Field(None, gt=0, description="inner steps between meta-updates; default 1, divides K")
+    shift_scale: float | None = Field(None, gt=0, description="factor on the shift of theta; default 1")
+    meta_gradient: Literal["reptile", "fomaml"] | None = Field(
+        None, description="reptile or fomaml, where phi is updated within an episode; default reptile"
+    )
+    gradient_batch: GradientBatch | None = Field(
+        None, description="of fomaml and imaml: the last inner batch, or the next, unseen one; default last"
+    )
+    imaml: IMAMLConfig = IMAMLConfig()
+    leap: LeapConfig = LeapConfig()
+
+
+def _nothing(learner: TaskLearner) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A row: every `period` inner steps (None: once an episode, after K) phi is updated and theta shifted."""
+    """A row: every `period` inner steps (None: once an episode, after K) phi is updated and theta shifted.
+
+    `begin` is called when an episode has started, `observe` in every inner step between gradient and update.
+    `evaluations` are the gradient evaluations of one meta-gradient beyond those of the inner steps; `replays` says that
+    the shift repeats the episode. `takes` names the options of `MethodConfig` that change this row.
+    """
 
     meta_gradient: Callable[[TaskLearner, Tensor], Tensor]
     period: int | None
-    shift: Callable[[TaskLearner, Tensor], None]
+    shift: Callable[[TaskLearner, Tensor, Tensor, Progress], None] = shifts.none
+    begin: Callable[[TaskLearner], None] = _nothing
+    observe: Callable[[TaskLearner], None] | None = None
+    evaluations: int = 0
+    replays: bool = False
+    takes: tuple[str, ...] = ()
+
+    def gradient_evaluations(self, K: int) -> int:
+        """Gradient evaluations of one task in an episode of K inner steps: what the paper's Figure 4d counts.
+
+        A Hessian-vector product, which passes twice over the gradient's graph, is two.
+        """
+        period = self.period or K
+        replayed = sum(range(period, K, period)) if self.replays else 0
+        return K + K // period * self.evaluations + replayed
+
+    def evaluations_per_meta_update(self, K: int) -> float:
+        """The mean of `gradient_evaluations` over the episode's meta-updates; of one task."""
+        return self.gradient_evaluations(K) / (K // (self.period or K))
+
+    def cost_note(self, K: int) -> str | None:
+        """A line to print before a run that is far dearer than its inner steps; None otherwise."""
+        evaluations = self.gradient_evaluations(K)
+        if evaluations <= 2 * K:
+            return None
+        why = "k of them at inner step k, which replays the episode from the new phi; " if self.replays else ""
+        return f"costs {evaluations} gradient evaluations a task and episode: {why}{evaluations / K:.3g} x those of cts"
 
 
-ALGORITHMS = {
-    "cts": Algorithm(meta_gradients.reptile, 1, shifts.continual),
-    "no_shifting": Algorithm(meta_gradients.reptile, 1, shifts.none),
-    "reptile": Algorithm(meta_gradients.reptile, None, shifts.none),
-}
+def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:
+    """All rows, with their options. mtl, joint training, is single-task training where there is one task."""
+    every, scale = method.shift_every or 1, method.shift_scale or 1.0
+    batch = method.gradient_batch or "last"
+    fomaml, held_out = partial(meta_gradients.fomaml, batch=batch), int(batch == "next")
+    gradient, cost = (fomaml, 1) if method.meta_gradient == "fomaml" else (meta_gradients.reptile, 0)
+    inside = ("shift_every", "meta_gradient", "gradient_batch")
+    return {
+        "cts": Algorithm(
+            gradient,
+            every,
+            partial(shifts.continual, scale=scale),
+            evaluations=cost,
+            takes=(*inside, "shift_scale"),
+        ),
+        "no_shifting": Algorithm(gradient, every, evaluations=cost, takes=inside),
+        "random_shifting": Algorithm(
+            gradient,
+            every,
+            partial(shifts.random, seed=seed, scale=scale),
+            evaluations=cost,
+            takes=(*inside, "shift_scale"),
+        ),
+        "accurate": Algorithm(
+            gradient,
+            every,
+            shifts.exact,
+            begin=shifts.begin_exact,
+            evaluations=cost,
+            replays=True,
+            takes=inside,
+        ),
+        "reptile": Algorithm(meta_gradients.reptile, None),
+        "fomaml": Algorithm(fomaml, None, evaluations=1, takes=("gradient_batch",)),
+        "fomaml++": Algorithm(
+            meta_gradients.fomaml_plus_plus,
+            None,
+            begin=meta_gradients.begin_fomaml_plus_plus,
+            observe=meta_gradients.observe_fomaml_plus_plus,
+        ),
+        "imaml": Algorithm(
+            partial(meta_gradients.imaml, options=method.imaml, batch=batch),
+            None,
+            begin=meta_gradients.begin_imaml,
+            observe=partial(meta_gradients.observe_imaml, options=method.imaml),
+            evaluations=1 + held_out + 2 * method.imaml.cg_iterations,
+            takes=("gradient_batch",),
+        ),
+        "leap": Algorithm(
+            meta_gradients.leap,
+            None,
+            begin=meta_gradients.begin_leap,
+            observe=partial(meta_gradients.observe_leap, options=method.leap),
+        ),
+        "mtl": Algorithm(meta_gradients.reptile, 1, shifts.rejoin),
+    }
+
+
+ALGORITHMS = table(MethodConfig())
+
+
+def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr: float, seed: int) -> Algorithm:
+    """The row called `name` for episodes of K = `inner_steps`; `seed` is that of random_shifting's directions.
+
+    Raises:
+        ValueError: no such row, or options that make no sense together.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm={name!r}: choose one of {', '.join(ALGORITHMS)}")
+    row = table(method, seed)[name]
+    for option in ("shift_every", "shift_scale", "meta_gradient", "gradient_batch"):
+        value = getattr(method, option)
+        if value is not None and option not in row.takes:
+            why = "updates phi once an episode and shifts nothing" if row.period is None else "has no use for it"
+            raise ValueError(f"method.{option}={value}: algorithm={name} {why}; leave it out")
+    if method.gradient_batch is not None and row.evaluations == 0:
+        raise ValueError(
+            f"method.gradient_batch={method.gradient_batch}: the Reptile difference takes no batch; "
+            "set method.meta_gradient=fomaml too, or leave it out"
+        )
+    if inner_steps % (row.period or inner_steps):
+        raise ValueError(
+            f"method.shift_every={row.period} does not divide inner_steps={inner_steps}: the last "
+            f"{inner_steps % row.period} steps of each episode would be lost"
+        )
+    if name in ("imaml", "leap") and inner_steps == 1:
+        raise ValueError(f"algorithm={name} looks back on a trajectory: inner_steps=1 gives it none")
+    if name == "mtl" and meta_lr != 1:
+        raise ValueError(f"algorithm=mtl trains jointly, phi being the mean of the theta: set meta_lr=1, not {meta_lr}")
+    return row

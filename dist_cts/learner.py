@@ -1,6 +1,7 @@
 """A task learner: one task's body, head, batches and inner optimizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -69,6 +70,16 @@ def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 
+def make_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The meta-test's learning rate over `steps`: multi-step (x 0.2 at 40, 70, 90 %), cosine or constant."""
+    if name == "multi-step":
+        milestones = [round(steps * share) for share in (0.4, 0.7, 0.9)]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    if name == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
 class TaskLearner:
     """theta of one task, and all that its inner optimization keeps between steps.
 
@@ -97,6 +108,11 @@ class TaskLearner:
         self.parameter = nn.Parameter(self.flat.vector)
         self.parameter.grad = self.flat.grad
         self.optimizer = make_optimizer([self.parameter], inner)
+        # What a method gathers along an episode, by name: empty after `reset`, part of the checkpoint.
+        self.memory: dict[str, Tensor] = {}
+        self.loss = torch.zeros((), device=self.theta.device)  # of the newest inner step, before its update
+        self.batch: tuple[Tensor, Tensor] | None = None  # of the newest inner step
+        self._peeked: tuple[Tensor, Tensor] | None = None
         # steps, loss, accuracy, non-finite: summed since the last reduction, on the device
         self.statistics = torch.zeros(4, device=self.theta.device)
 
@@ -108,6 +124,7 @@ class TaskLearner:
     def reset(self, phi: Tensor) -> None:
         """theta <- phi [N]; head, optimizer state and running statistics stay unless configured (supplement C.2)."""
         self.theta.copy_(phi)
+        self.memory = {}
         if self.reset_config.head:
             self.flat.vector[self.theta.numel() :].copy_(self.head_init)
         if self.reset_config.optimizer:
@@ -122,26 +139,63 @@ class TaskLearner:
         self._clear_optimizer()
         self._clear_running_statistics()
 
-    @torch.enable_grad()
-    def inner_step(self) -> None:
-        """theta <- theta - alpha grad L(theta) on the next batch, body and head together (Algorithm 2, line 9)."""
-        inputs, targets = self.batches.next()
-        self.compute_gradient(inputs, targets)
-        self.optimizer.step()
+    def inner_step(self, observe: "Callable[[TaskLearner], None] | None" = None) -> None:
+        """theta <- theta - alpha grad L(theta) on the next batch, body and head together (Algorithm 2, line 9).
 
-    def compute_gradient(self, inputs: Tensor, targets: Tensor) -> None:
-        """`flat.grad` <- grad L(theta) on this batch; adds loss and accuracy to the statistics."""
-        self.flat.grad.zero_()
+        `observe` sees the learner between gradient and update: theta_(k-1), `loss` and `flat.grad` belong together.
+        """
+        accuracy = self._descend(observe)
+        self.statistics[0] += 1
+        self.statistics[1] += self.loss
+        self.statistics[2] += accuracy
+
+    def replay(self, first_step: int, steps: int) -> None:
+        """Takes `steps` inner steps on the batches from global step `first_step` on; they are not counted as new."""
+        self.batches.seek(first_step)
+        self._peeked = None
+        for _ in range(steps):
+            self._descend()
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next inner step's batch, which is that of an earlier `peek` if there was one."""
+        batch, self._peeked = self._peeked or self.batches.next(), None
+        return batch
+
+    def peek(self) -> tuple[Tensor, Tensor]:
+        """The batch that the next inner step will take."""
+        self._peeked = self.next_batch()
+        return self._peeked
+
+    @torch.enable_grad()
+    def compute_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss with its graph, and accuracy, of this rank's share of a batch, in training mode."""
+        inputs, targets = batch
         with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = self.model(inputs)
-        loss, accuracy = self.criterion(outputs, targets)
+        return self.criterion(outputs, targets)
+
+    def compute_gradient(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`flat.grad` <- grad L(theta) on a batch; loss, of this rank's share, and accuracy."""
+        self.flat.grad.zero_()
+        loss, accuracy = self.compute_loss(batch)
         loss.backward()
-        if self.data_group is not None:  # each rank saw 1 / D of the batch
-            dist.all_reduce(self.flat.grad, group=self.data_group)
-            self.flat.grad.div_(self.data_group.size())
-        self.statistics[0] += 1
-        self.statistics[1] += loss.detach()
-        self.statistics[2] += accuracy
+        self.group_mean(self.flat.grad)
+        return loss.detach(), accuracy
+
+    def group_mean(self, x: Tensor) -> Tensor:
+        """`x`, in place, becomes the mean over the data group, each of whose D ranks saw 1 / D of the batch."""
+        if self.data_group is not None:
+            dist.all_reduce(x, group=self.data_group)
+            x.div_(self.data_group.size())
+        return x
+
+    @contextmanager
+    def keeping_statistics(self) -> Iterator[None]:
+        """A block whose forward passes, not being inner steps, leave no trace in the running statistics."""
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        yield
+        for buffer, value in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
@@ -174,16 +228,18 @@ class TaskLearner:
         return waited
 
     def state_dict(self) -> dict[str, Tensor]:
-        """theta and head, optimizer state and running statistics by name; the tensors themselves, not copies."""
+        """theta and head, optimizer, running statistics and memory by name; the tensors themselves, not copies."""
         state = {"parameters": self.flat.vector}
+        state |= {f"memory.{name}": value for name, value in self.memory.items()}
         for key, value in self.optimizer.state[self.parameter].items():
             if value is not None:
                 state[f"optimizer.{key}"] = value
         return state | {f"buffers.{name}": buffer for name, buffer in self.model.named_buffers()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave; the optimizer's state may be new here and is then created."""
+        """Restores what `state_dict` gave; the optimizer's state then has what it had there, no more and no less."""
         self.flat.vector.copy_(state["parameters"])
+        self.optimizer.state[self.parameter].clear()
         buffers = dict(self.model.named_buffers())
         for key, value in state.items():
             kind, _, name = key.partition(".")
@@ -191,6 +247,16 @@ class TaskLearner:
                 self.optimizer.state[self.parameter][name] = value.clone()
             elif kind == "buffers":
                 buffers[name].copy_(value)
+            elif kind == "memory":
+                self.memory[name] = value.clone()
+
+    def _descend(self, observe: "Callable[[TaskLearner], None] | None" = None) -> Tensor:
+        self.batch = self.next_batch()
+        self.loss, accuracy = self.compute_gradient(self.batch)
+        if observe is not None:
+            observe(self)
+        self.optimizer.step()
+        return accuracy
 
     def _clear_optimizer(self) -> None:
         for value in self.optimizer.state[self.parameter].values():

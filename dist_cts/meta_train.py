@@ -5,54 +5,17 @@ theta  one task's parameters, one flat vector per learner                      Î
 delta  the step's meta-update, -beta * mean over tasks of the meta-gradient    Î”_k
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dist_cts.algorithms import Algorithm
 from dist_cts.learner import TaskLearner
+from dist_cts.progress import Progress
 from dist_cts.reducer import MetaReducer
 
 CONTROL_PERIOD = 10  # steps between two looks at the control tail while no meta-update carries it
-
-
-@dataclass
-class Progress:
-    """How far a run is: `step` inner steps of every task, over all its episodes of K. It is all that a resume needs."""
-
-    inner_steps_per_episode: int  # K
-    step: int = 0
-    stopping: bool = False
-
-    @property
-    def episode(self) -> int:
-        """The current episode, from 1."""
-        return max(self.step - 1, 0) // self.inner_steps_per_episode + 1
-
-    @property
-    def inner_step(self) -> int:
-        """The current inner step k, 1 .. K."""
-        return max(self.step - 1, 0) % self.inner_steps_per_episode + 1
-
-    @property
-    def at_episode_start(self) -> bool:
-        """Whether the next inner step is an episode's first."""
-        return self.step % self.inner_steps_per_episode == 0
-
-    def episodes(self, M: int) -> Iterator[int]:
-        """The episodes that are left of M, the current one first."""
-        while self.step < M * self.inner_steps_per_episode and not self.stopping:
-            yield self.step // self.inner_steps_per_episode + 1
-
-    def inner_steps(self, K: int) -> Iterator[int]:
-        """The inner steps k that are left of this episode; ends early when the run is stopping."""
-        for k in range(self.step % K + 1, K + 1):
-            if self.stopping:
-                return
-            self.step += 1
-            yield k
 
 
 @torch.no_grad()
@@ -78,15 +41,16 @@ def meta_train(
         if progress.at_episode_start:
             for learner in learners:
                 learner.reset(phi)  # theta <- phi
+                algorithm.begin(learner)
         for k in progress.inner_steps(K):
             for learner in learners:
-                learner.inner_step()  # theta <- theta - alpha grad L(theta)
+                learner.inner_step(algorithm.observe)  # theta <- theta - alpha grad L(theta)
             if k % period == 0:
-                gradients = (algorithm.meta_gradient(learner, phi) for learner in learners)
+                gradients = [algorithm.meta_gradient(learner, phi) for learner in learners]
                 delta = reducer.mean(gradients, progress.step).mul_(-beta)
                 phi += delta  # meta-update
                 for learner in learners:
-                    algorithm.shift(learner, delta)  # theta <- theta + delta
+                    algorithm.shift(learner, phi, delta, progress)  # theta <- theta + delta
             elif k % CONTROL_PERIOD == 0:
                 reducer.exchange(progress.step)
             after_step()

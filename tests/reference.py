@@ -1,6 +1,7 @@
 """The oracle: Algorithms 1 and 2 of the paper, per parameter, in one process, with nothing of dist_cts in it."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,29 +15,131 @@ def optimizer_for(model, inner):
     return torch.optim.SGD(model.parameters(), momentum=inner.get("momentum", 0.0), nesterov=nesterov, **options)
 
 
-def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head="fc"):
-    """phi: {name: tensor}; models: one a task; batches(task, step) -> (x, y). Returns phi after M episodes."""
+def body_of(model, head):
+    return {n: p for n, p in model.named_parameters() if not n.startswith(head + ".")}
+
+
+def loss_of(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def sgd_step(model, optimizer, batch, head, pull=lambda name, p: 0):
+    """One inner step; gives the point that it left: theta, its loss and its gradient."""
+    optimizer.zero_grad()
+    loss = loss_of(model, batch)
+    loss.backward()
+    body = body_of(model, head)
+    point = (
+        {n: p.detach().clone() for n, p in body.items()},
+        loss.item(),
+        {n: p.grad.clone() for n, p in body.items()},
+    )
+    for name, p in body.items():
+        p.grad += pull(name, p.detach())
+    optimizer.step()
+    return point
+
+
+def fomaml(model, batch, head):
+    body = body_of(model, head)
+    return dict(zip(body, torch.autograd.grad(loss_of(model, batch), body.values()), strict=True))
+
+
+def leap(path, stabilizer=True):
+    """Per segment the gradient of its length with the far end held fixed, at its start."""
+    total = {n: torch.zeros_like(p) for n, p in path[0][0].items()}
+    for (theta, loss, gradient), (theta_next, loss_next, _) in pairwise(path):
+        rise = -abs(loss_next - loss) if stabilizer else loss_next - loss
+        length = (sum(((theta_next[n] - theta[n]) ** 2).sum() for n in theta) + rise**2) ** 0.5
+        for n in theta:
+            total[n] += (theta[n] - theta_next[n] - rise * gradient[n]) / length
+    return total
+
+
+def imaml(model, batch, head, lam, iterations):
+    """Textbook conjugate gradient on I + H / lam, in double precision, with H by finite differences."""
+    model = copy.deepcopy(model).double()
+    batch = (batch[0].double(), batch[1])
+    centre = {n: p.detach().clone() for n, p in body_of(model, head).items()}
+
+    def gradient(shift, epsilon):
+        for n, p in body_of(model, head).items():
+            p.data.copy_(centre[n] + epsilon * shift[n])
+        return fomaml(model, batch, head)
+
+    def dot(a, b):
+        return sum((a[n] * b[n]).sum() for n in a)
+
+    b = gradient(centre, 0)
+    x, r, p = {n: torch.zeros_like(v) for n, v in b.items()}, dict(b), dict(b)
+    for _ in range(iterations):
+        up, down = gradient(p, 1e-5), gradient(p, -1e-5)
+        image = {n: p[n] + (up[n] - down[n]) / 2e-5 / lam for n in p}
+        step = dot(r, r) / dot(p, image)
+        x = {n: x[n] + step * p[n] for n in x}
+        r_next = {n: r[n] - step * image[n] for n in r}
+        p = {n: r_next[n] + dot(r_next, r_next) / dot(r, r) * p[n] for n in p}
+        r = r_next
+    return {n: v.float() for n, v in x.items()}
+
+
+def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head="fc", **options):
+    """phi: {name: tensor}; models: one a task; batches(task, step) -> (x, y). Returns phi after M episodes.
+
+    options: every, scale, gradient ("fomaml" within an episode), lam, iterations, direction(step) -> {name: tensor}.
+    """
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
-    body = [{n: p for n, p in m.named_parameters() if not n.startswith(head + ".")} for m in models]
+    body = [body_of(model, head) for model in models]
+    once = algorithm in ("reptile", "fomaml", "fomaml++", "imaml", "leap")
+    every = K if once else options.get("every", 1)
     step = 0
     for _ in range(M):
         for theta in body:
             for name, p in theta.items():
                 p.data.copy_(phi[name])
+        starts = [copy.deepcopy((m.state_dict(), o.state_dict())) for m, o in zip(models, optimizers, strict=True)]
+        paths = [[] for _ in models]
+
+        def pull(name, p, phi=phi):
+            return options["lam"] * (p - phi[name]) if algorithm == "imaml" else 0
+
         for k in range(1, K + 1):
             for task, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                x, y = batches(task, step)
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
+                paths[task].append(sgd_step(model, optimizer, batches(task, step), head, pull))
             step += 1
-            if algorithm == "reptile" and k < K:
+            if k % every:
                 continue
+            gradients = []
+            for task, model in enumerate(models):
+                if algorithm == "fomaml" or options.get("gradient") == "fomaml":
+                    gradients.append(fomaml(model, batches(task, step - 1), head))
+                elif algorithm == "fomaml++":
+                    gradients.append({n: sum(point[2][n] for point in paths[task]) / K for n in phi})
+                elif algorithm == "imaml":
+                    gradients.append(imaml(model, batches(task, step - 1), head, options["lam"], options["iterations"]))
+                elif algorithm == "leap":
+                    gradients.append(leap(paths[task]))
+                else:
+                    gradients.append({n: phi[n] - body[task][n].data for n in phi})
+            delta = {n: -beta * sum(gradient[n] for gradient in gradients) / len(models) for n in phi}
             for name in phi:
-                delta = -beta * sum(phi[name] - theta[name].data for theta in body) / len(models)
-                phi[name] += delta
-                if algorithm == "cts":
-                    for theta in body:
-                        theta[name].data += delta
+                phi[name] += delta[name]
+            if algorithm == "random_shifting":
+                length = sum((d**2).sum() for d in delta.values()).sqrt()
+                direction = options["direction"](step)
+                scale = length / sum((d**2).sum() for d in direction.values()).sqrt()
+                delta = {n: scale * d for n, d in direction.items()}
+            for task, theta in enumerate(body):
+                if algorithm == "accurate" and k < K:
+                    models[task].load_state_dict(starts[task][0])
+                    optimizers[task].load_state_dict(copy.deepcopy(starts[task][1]))
+                for name, p in theta.items():
+                    if algorithm in ("cts", "random_shifting"):
+                        p.data += options.get("scale", 1) * delta[name]
+                    elif algorithm == "mtl" or (algorithm == "accurate" and k < K):
+                        p.data.copy_(phi[name])
+                if algorithm == "accurate" and k < K:
+                    for replayed in range(step - k, step):
+                        sgd_step(models[task], optimizers[task], batches(task, replayed), head)
     return phi

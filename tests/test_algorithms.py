@@ -1,0 +1,291 @@
+"""Every row of the table: against the oracle, on 1, 2 and 4 ranks, interrupted, and counted."""
+
+import pytest
+import torch
+from conftest import MemoryBatches
+from reference import meta_train as reference
+from torch import nn
+
+from dist_cts import meta_gradients, models
+from dist_cts.algorithms import ALGORITHMS, IMAMLConfig, MethodConfig, make_algorithm
+from dist_cts.distributed import place, process_group
+from dist_cts.flat import load_named
+from dist_cts.learner import InnerConfig, TaskLearner
+from dist_cts.meta_train import meta_train
+from dist_cts.models import ModelConfig
+from dist_cts.progress import Progress
+from dist_cts.reducer import MetaReducer
+from dist_cts.seeds import hashed_seed
+
+T, M, K, SEED = 4, 2, 4, 3
+TINY = ModelConfig(name="tiny", width=0.5)
+INNER = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+LAM, CG = 10.0, 4  # lambda above the largest negative curvature, so that conjugate gradient is well posed
+
+# name -> algorithm, beta, options of MethodConfig, options of the oracle
+CASES = {
+    "cts": ("cts", 0.5, {}, {}),
+    "cts every 2": ("cts", 0.5, {"shift_every": 2}, {"every": 2}),
+    "cts with fomaml": (
+        "cts",
+        0.1,
+        {"meta_gradient": "fomaml", "shift_scale": 0.3},
+        {"gradient": "fomaml", "scale": 0.3},
+    ),
+    "no_shifting": ("no_shifting", 0.5, {}, {}),
+    "random_shifting": ("random_shifting", 0.5, {}, {}),
+    "accurate": ("accurate", 0.5, {}, {}),
+    "accurate every 2": ("accurate", 0.5, {"shift_every": 2}, {"every": 2}),
+    "reptile": ("reptile", 0.5, {}, {}),
+    "fomaml": ("fomaml", 0.1, {}, {}),
+    "fomaml++": ("fomaml++", 0.1, {}, {}),
+    "imaml": ("imaml", 0.1, {"imaml": {"lam": LAM, "cg_iterations": CG}}, {"lam": LAM, "iterations": CG}),
+    "leap": ("leap", 0.1, {}, {}),
+    "mtl": ("mtl", 1.0, {}, {}),
+}
+
+
+def make_model(task):
+    return models.build(TINY, 3 + task, "head", task)
+
+
+def phi_zero():
+    model, _ = models.build(TINY, 1, "phi")
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("fc.")}
+
+
+def make_learners(tasks):
+    return [TaskLearner(str(t), *make_model(t), MemoryBatches(t, classes=3 + t), InnerConfig(**INNER)) for t in tasks]
+
+
+def make(case):
+    name, beta, options, _ = CASES[case]
+    return make_algorithm(name, MethodConfig(**options), inner_steps=K, meta_lr=beta, seed=SEED)
+
+
+def named(learner, vector):
+    return {name: view.clone() for name, view in learner.flat.body_layout.views(vector).items()}
+
+
+def run(case, placement, phi, learners, progress, stop_at=M * K):
+    def after_step():
+        progress.stopping = progress.step == stop_at
+
+    reducer = MetaReducer(phi, learners, placement)
+    beta = CASES[case][1]
+    meta_train(phi, learners, make(case), reducer, beta=beta, M=M, K=K, progress=progress, after_step=after_step)
+
+
+def start(learners):
+    phi = torch.zeros_like(learners[0].theta)
+    load_named(learners[0].flat.body_layout, phi, phi_zero())
+    return phi
+
+
+def train_all(rank, world_size):
+    """phi by every method, on this rank."""
+    placement, phis = place(T, world_size, rank), {}
+    for case in CASES:
+        learners = make_learners(placement.local_tasks)
+        phi = start(learners)
+        run(case, placement, phi, learners, Progress(K))
+        phis[case] = named(learners[0], phi)
+    return phis
+
+
+def direction(step):
+    generator = torch.Generator().manual_seed(hashed_seed(SEED, "random_shifting", step))
+    return {name: torch.empty_like(value).normal_(generator=generator) for name, value in phi_zero().items()}
+
+
+def oracle(case):
+    name, beta, _, options = CASES[case]
+    batches = [MemoryBatches(task, classes=3 + task) for task in range(T)]
+    return reference(
+        phi_zero(),
+        [make_model(task)[0] for task in range(T)],
+        lambda task, step: batches[task].batch_at(step),
+        INNER,
+        beta=beta,
+        M=M,
+        K=K,
+        algorithm=name,
+        direction=direction,
+        **options,
+    )
+
+
+def largest_difference(phi, other):
+    assert phi.keys() == other.keys()
+    return max((phi[name] - other[name]).abs().max().item() for name in phi)
+
+
+def test_every_method_equals_the_oracle_on_1_2_and_4_ranks(run_ranks):
+    assert {case[0] for case in CASES.values()} == ALGORITHMS.keys()
+    on_ranks = [phis for world_size in (1, 2, 4) for phis in run_ranks(world_size, train_all, world_size)]
+    for case in CASES:
+        expected = oracle(case)
+        assert largest_difference(expected, phi_zero()) > 1e-3, case
+        for phis in on_ranks:
+            assert largest_difference(phis[case], expected) < 1e-6, case
+
+
+@pytest.fixture
+def alone():
+    with process_group(torch.device("cpu"), 30):
+        yield place(T, 1, 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_episode_interrupted_after_its_second_step_goes_on_to_the_same_bits(alone, case):
+    undisturbed = make_learners(range(T))
+    expected = start(undisturbed)
+    run(case, alone, expected, undisturbed, Progress(K))
+
+    before, progress = make_learners(range(T)), Progress(K)
+    phi = start(before)
+    run(case, alone, phi, before, progress, stop_at=K + 2)
+    after = make_learners(range(T))
+    for learner, state in zip(after, [learner.state_dict() for learner in before], strict=True):
+        learner.load_state_dict({name: value.clone() for name, value in state.items()})
+        learner.batches.seek(progress.step)
+    run(case, alone, phi, after, Progress(K, progress.step))
+    assert torch.equal(phi, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_evaluations_are_those_that_it_makes(alone, case, monkeypatch):
+    made = 0
+
+    def counted(function, price):
+        def call(*args, **kwargs):
+            nonlocal made
+            made += price
+            return function(*args, **kwargs)
+
+        return call
+
+    learners = make_learners([0])
+    learners[0].compute_loss = counted(learners[0].compute_loss, 1)
+    operator = meta_gradients.hessian_operator
+
+    def counted_operator(*args):
+        gradient, product = operator(*args)
+        return gradient, counted(product, 2)
+
+    monkeypatch.setattr(meta_gradients, "hessian_operator", counted_operator)
+    run(case, place(1, 1, 0), start(learners), learners, Progress(K))
+    assert made == M * make(case).gradient_evaluations(K)
+
+
+def test_accurate_says_that_it_costs_k_gradients_at_step_k():
+    accurate = ALGORITHMS["accurate"]
+    assert accurate.gradient_evaluations(1000) == 500500  # 1 + 2 + ... + 1000
+    assert accurate.evaluations_per_meta_update(1000) == 500.5
+    note = accurate.cost_note(1000)
+    assert "500500" in note
+    assert "\n" not in note
+    assert ALGORITHMS["cts"].cost_note(1000) is None
+    assert ALGORITHMS["reptile"].evaluations_per_meta_update(1000) == 1000
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov"])
+def test_mtl_is_joint_sgd_on_the_mean_loss_over_tasks(alone, optimizer, inner_steps):
+    """With momentum and weight decay: the tasks' momenta add up, being linear. The heads each follow their own loss."""
+    inner, steps = INNER | {"optimizer": optimizer}, 6
+    learners = make_learners(range(T))
+    for learner in learners:
+        learner.__init__(learner.name, learner.model, "fc", learner.batches, InnerConfig(**inner))
+    phi = start(learners)
+    algorithm = make_algorithm("mtl", MethodConfig(), inner_steps=inner_steps, meta_lr=1, seed=0)
+    progress = Progress(inner_steps)
+    reducer = MetaReducer(phi, learners, alone)
+    meta_train(phi, learners, algorithm, reducer, beta=1, M=steps // inner_steps, K=inner_steps, progress=progress)
+
+    joint = [make_model(task)[0] for task in range(T)]
+    body = {name: nn.Parameter(value) for name, value in phi_zero().items()}
+    heads = [p for model in joint for n, p in model.named_parameters() if n.startswith("fc.")]
+    sgd = torch.optim.SGD(
+        [{"params": body.values()}, {"params": heads, "lr": T * inner["lr"], "weight_decay": 5e-4 / T}],
+        lr=inner["lr"],
+        momentum=0.9,
+        weight_decay=5e-4,
+        nesterov=optimizer == "nesterov",
+    )
+    batches = [MemoryBatches(task, classes=3 + task) for task in range(T)]
+    for step in range(steps):
+        losses = []
+        for model, source in zip(joint, batches, strict=True):
+            x, y = source.batch_at(step)
+            losses.append(nn.functional.cross_entropy(torch.func.functional_call(model, body, x), y))
+        sgd.zero_grad()
+        (sum(losses) / T).backward()
+        sgd.step()
+    assert largest_difference(named(learners[0], phi), {n: p.detach() for n, p in body.items()}) < 1e-6
+
+
+def test_mtl_with_one_task_is_plain_training(alone):
+    learners = make_learners([0])
+    phi = start(learners)
+    run("mtl", place(1, 1, 0), phi, learners, Progress(K))
+    plain = make_learners([0])[0]
+    plain.theta.copy_(start([plain]))
+    for _ in range(M * K):
+        plain.inner_step()
+    torch.testing.assert_close(phi, plain.theta, rtol=0, atol=1e-6)
+
+
+BAD = {
+    "algorithm='ctss': choose one of cts": ("ctss", {}),
+    "shift_every=1: algorithm=imaml updates phi once an episode": ("imaml", {"shift_every": 1}),
+    "shift_every=2: algorithm=reptile updates phi once an episode": ("reptile", {"shift_every": 2}),
+    "shift_scale=0.5: algorithm=reptile .* shifts nothing": ("reptile", {"shift_scale": 0.5}),
+    "shift_scale=0.5: algorithm=accurate has no use": ("accurate", {"shift_scale": 0.5}),
+    "shift_scale=0.5: algorithm=no_shifting": ("no_shifting", {"shift_scale": 0.5}),
+    "meta_gradient=fomaml: algorithm=reptile": ("reptile", {"meta_gradient": "fomaml"}),
+    "shift_every=2: algorithm=mtl": ("mtl", {"shift_every": 2}),
+    "gradient_batch=next: algorithm=leap": ("leap", {"gradient_batch": "next"}),
+    "gradient_batch=next: the Reptile difference takes no batch": ("cts", {"gradient_batch": "next"}),
+    "shift_every=3 does not divide inner_steps=10: the last 1 steps": ("cts", {"shift_every": 3}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_options_that_make_no_sense_are_refused(message):
+    name, options = BAD[message]
+    with pytest.raises(ValueError, match=message):
+        make_algorithm(name, MethodConfig(**options), inner_steps=10, meta_lr=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["imaml", "leap"])
+def test_a_method_that_needs_a_trajectory_refuses_one_step(name):
+    with pytest.raises(ValueError, match="inner_steps=1 gives it none"):
+        make_algorithm(name, MethodConfig(), inner_steps=1, meta_lr=1, seed=0)
+
+
+def test_mtl_refuses_another_meta_lr_than_1():
+    with pytest.raises(ValueError, match=r"set meta_lr=1, not 0\.01"):
+        make_algorithm("mtl", MethodConfig(), inner_steps=10, meta_lr=0.01, seed=0)
+
+
+def imaml_in_a_data_group(rank):
+    from dist_cts.distributed import data_group
+
+    learner = make_learners([0])[0]
+    learner.data_group = data_group(place(1, 2, rank), torch.device("cpu"))
+    try:
+        ALGORITHMS["imaml"].begin(learner)
+    except ValueError as error:
+        return str(error)
+
+
+def test_imaml_refuses_to_share_a_task_between_ranks(run_ranks):
+    for message in run_ranks(2, imaml_in_a_data_group):
+        assert "2 ranks share task 0" in message
+
+
+def test_imaml_counts_a_second_gradient_on_the_next_batch():
+    options = MethodConfig(gradient_batch="next", imaml=IMAMLConfig(cg_iterations=3))
+    row = make_algorithm("imaml", options, inner_steps=10, meta_lr=1, seed=0)
+    assert row.gradient_evaluations(10) == 10 + 2 + 6

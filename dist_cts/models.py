@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -86,6 +85,8 @@ def _torchvision(name: str) -> Callable[[int, float], nn.Module]:
     def build(classes: int, width: float) -> nn.Module:
         if width != 1:
             raise ValueError(f"model.width={width}: {name} comes in its own width only, set model.width=1")
+        import torchvision  # as slow to import as torch itself, and most runs do not need it
+
         return torchvision.models.get_model(name, num_classes=classes)
 
     return build

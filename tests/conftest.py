@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 
 torch.set_num_threads(1)
 # Ranks are forked from a process that has torch loaded but has started no thread: milliseconds instead of seconds.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torchvision", "dist_cts.meta_train"])
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "dist_cts.run", "dist_cts.meta_test"])
 
 
 class MemoryBatches:
@@ -58,3 +59,26 @@ def run_ranks(tmp_path):
         return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world_size)]
 
     return run
+
+
+def write_task(folder, name, *, count=60, classes=3, pixels=8, seed=0):
+    """A prepared task of coloured noise: a class is a colour, so that it can be learned."""
+    from dist_cts.data import beton
+
+    generator = np.random.default_rng(seed)
+    train = None
+    for split in ("train", "test"):
+        labels = np.arange(count) % classes
+        images = generator.integers(0, 128, (count, pixels, pixels, 3), dtype=np.uint8)
+        images[np.arange(count), :, :, labels % 3] += 100
+        names = [str(label) for label in range(classes)]
+        train = beton.write(folder / name / split, images, labels, names, pixels=pixels, source="noise", train=train)
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """A folder with the prepared tasks a, b, c, d, of two sizes and several class counts."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for index, name in enumerate("abcd"):
+        write_task(folder, name, classes=3 + index, pixels=8 + 4 * (index % 2), seed=index)
+    return folder

@@ -1,0 +1,88 @@
+"""Configs: strict, and every file in configs/ loads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_cts import config
+from dist_cts.meta_test import MetaTestConfig
+from dist_cts.run import TrainConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="a.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    model = MetaTestConfig if "targets" in yaml.safe_load(path.read_text()) else TrainConfig
+    config.load(model, path)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
+    path = write("tasks: [a, {name: b, classes: 3}]\ninner: {lr: 0.5}\nepisodes: 7\n")
+    loaded = config.load(TrainConfig, path, ["inner.lr=1e-3", "model.name=tiny", "inner.momentum=0"])
+    assert (loaded.inner.lr, loaded.inner.momentum, loaded.episodes, loaded.inner_steps) == (1e-3, 0, 7, 1000)
+    assert [(task.name, task.classes) for task in loaded.tasks] == [("a", None), ("b", 3)]
+
+
+def test_a_saved_config_loads_as_itself(write, tmp_path):
+    loaded = config.load(TrainConfig, write("tasks: [a]\nmeta_lr: 1.0e-3\n"))
+    config.save(loaded, tmp_path / "resolved.yaml")
+    assert config.load(TrainConfig, tmp_path / "resolved.yaml") == loaded
+
+
+def test_a_base_file_is_extended(write):
+    write("tasks: [a]\ninner: {lr: 0.5, momentum: 0.1}\n", "base.yaml")
+    loaded = config.load(TrainConfig, write("base: base.yaml\ninner: {lr: 0.25}\n"))
+    assert (loaded.inner.lr, loaded.inner.momentum) == (0.25, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("tasks: [a]\ninner: {learning_rate: 1}", [], r"unknown key 'inner.learning_rate'; known keys here: optimizer"),
+        ("tasks: [a]\nepisode: 1", [], r"unknown key 'episode'; did you mean 'episodes'\?"),
+        ("tasks: [a]", ["episodes=many"], r"'episodes' is 'many': Input should be a valid integer"),
+        ("tasks: [a]", ["inner.lr=-1"], r"'inner.lr' is -1: Input should be greater than 0"),
+        ("tasks: [a]", ["device=tpu"], r"'device' is 'tpu': Input should be 'auto', 'cpu' or 'cuda'"),
+        ("tasks: [a]", ["episodes"], r"override 'episodes': expected section.key=value"),
+        ("tasks: []", [], r"'tasks' is \[\]: List should have at least 1 item"),
+        ("episodes: 3", [], r"'tasks' is required"),
+        ("- a\n- b", [], r"expected `key: value` lines, found a list"),
+        ("tasks: [a", [], r"not a YAML file"),
+        ("base: a.yaml", [], r"comes back to itself"),
+        ("tasks: !!python/object/apply:os.system [ls]", [], r"not a YAML file"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(write, text, overrides, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        config.load(TrainConfig, path, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml does not exist"):
+        config.load(TrainConfig, tmp_path / "absent.yaml")
+
+
+def test_help_lists_every_key():
+    lines = "\n".join(config.describe(TrainConfig))
+    for key in (
+        "algorithm = cts",
+        "inner.lr = 0.01",
+        "data.cache = auto",
+        "checkpoint.every_steps",
+        "tasks = (required)",
+    ):
+        assert key in lines

@@ -1,0 +1,74 @@
+"""Placement, agreement on errors, and the checks that ranks make of each other."""
+
+import pytest
+import torch
+
+from dist_cts.distributed import check_layouts, check_same_bits, place, together
+from dist_cts.exit_codes import RunError
+from dist_cts.flat import FlatLayout
+
+
+@pytest.mark.parametrize(("tasks", "world_size"), [(8, 8), (8, 1), (8, 3), (5, 2), (64, 64), (1024, 1024), (8, 5)])
+def test_every_task_has_one_rank_and_loads_differ_by_one_at_most(tasks, world_size):
+    seats = [place(tasks, world_size, rank) for rank in range(world_size)]
+    assert [task for seat in seats for task in seat.local_tasks] == list(range(tasks))
+    loads = [len(seat.local_tasks) for seat in seats]
+    assert max(loads) - min(loads) <= 1
+    assert all(seat.contributes and seat.data_ranks == 1 for seat in seats)
+
+
+def test_more_ranks_than_tasks_share_a_task_in_neighbouring_groups():
+    seats = [place(2, 6, rank) for rank in range(6)]
+    assert [(list(seat.local_tasks), seat.data_rank) for seat in seats] == [
+        ([0], 0), ([0], 1), ([0], 2), ([1], 0), ([1], 1), ([1], 2),
+    ]  # fmt: skip
+    assert [seat.contributes for seat in seats] == [True, False, False, True, False, False]
+
+
+def test_a_world_size_that_fits_no_layout_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match=r"4 tasks do not fit on 6 ranks: start at most 4 ranks, .* such as 4 or 8"):
+        place(4, 6, 0)
+
+
+def fail_on_rank_1(rank):
+    try:
+        with together():
+            if rank == 1:
+                raise FileNotFoundError("x.beton does not exist")
+    except FileNotFoundError as error:
+        return str(error)
+
+
+def test_an_error_of_one_rank_is_raised_on_all(run_ranks):
+    assert run_ranks(3, fail_on_rank_1) == ["rank 1: x.beton does not exist"] * 3
+
+
+def compare_layouts(rank):
+    channels = 3 if rank == 2 else 4
+    try:
+        check_layouts(FlatLayout.of([("a", torch.zeros(2)), ("b", torch.zeros(channels))]))
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_layout_that_differs_names_both_ranks_and_the_first_difference(run_ranks):
+    messages = run_ranks(3, compare_layouts)
+    assert messages == [messages[0]] * 3
+    assert "ranks 0 and 2" in messages[0]
+    assert "tensor 1 is b [4]" in messages[0]
+    assert "against b [3]" in messages[0]
+
+
+def compare_bits(rank):
+    vector = torch.zeros(1000)
+    check_same_bits(vector, 7)
+    vector[999] = -0.0 if rank == 1 else 0.0  # equal as numbers, not as bits
+    try:
+        check_same_bits(vector, 8)
+    except RunError as error:
+        return str(error)
+
+
+def test_a_differing_phi_is_found_and_its_rank_named(run_ranks):
+    for message in run_ranks(2, compare_bits):
+        assert message.startswith("step 8: phi on rank 1 differs from rank 0's")

@@ -1,0 +1,306 @@
+"""The commands themselves, as a user starts them."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dist_cts import models
+from dist_cts.models import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture
+def config(tmp_path, tasks):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"""
+tasks: [a, b, {{name: c, classes: 5}}, d]
+episodes: 2
+inner_steps: 5
+meta_lr: 0.1
+batch_size: 8
+log_every: 5
+run_dir: {tmp_path / "run"}
+device: cpu
+model: {{name: tiny}}
+data: {{root: {tasks}}}
+checkpoint: {{every_steps: 4}}
+"""
+    )
+    return path
+
+
+class Command:
+    """A command of launch/ under way: by torchrun on `ranks`, otherwise as one process, forked with torch loaded."""
+
+    def __init__(self, script, *arguments, ranks=None, folder):
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        arguments = [str(ROOT / "launch" / script), *map(str, arguments)]
+        if ranks is None:
+            run = (arguments, self.out, self.err)
+            self.process = multiprocessing.get_context("forkserver").Process(target=_run_script, args=run)
+            self.process.start()
+        else:
+            with self.out.open("w") as out, self.err.open("w") as err:
+                command = [*TORCHRUN, f"--nproc_per_node={ranks}", *arguments]
+                self.process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=err)
+        self.ranks = ranks
+
+    def running(self):
+        return self.process.is_alive() if self.ranks is None else self.process.poll() is None
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def finish(self, timeout=100):
+        """Exit code, stdout and stderr."""
+        deadline = time.monotonic() + timeout
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if hung := self.running():
+            self.process.kill()
+        if self.ranks is None:
+            self.process.join()
+            code = self.process.exitcode
+        else:
+            code = self.process.wait()
+        assert not hung, f"no end after {timeout} s: {self.err.read_text()}"
+        return code, self.out.read_text(), self.err.read_text()
+
+
+def _run_script(arguments, out, err):
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ.update(ENVIRONMENT)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS would have, had torch not been loaded; sums depend on it
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(script, *arguments, ranks=None) -> Command."""
+    numbers = itertools.count()
+
+    def start(script, *arguments, ranks=None):
+        folder = tmp_path / f"command-{next(numbers)}"
+        folder.mkdir()
+        return Command(script, *arguments, ranks=ranks, folder=folder)
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    """run(script, *arguments, ranks=None) -> exit code, stdout, stderr."""
+    return lambda *arguments, ranks=None: start(*arguments, ranks=ranks).finish()
+
+
+def own_lines(err):
+    """What our program printed, without torchrun's own report."""
+    return [line for line in err.splitlines() if re.match(r"(error:|step |done|stopped|going on)", line)]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def phi(folder):
+    return safetensors.torch.load_file(folder / "phi.safetensors")
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_path):
+    code, _, err = run("train.py", "--config", config, "eval_every=10", ranks=2)
+    assert code == 0, err
+    folder = tmp_path / "run"
+    assert own_lines(err)[-1] == f"done: 10 steps, phi is in {folder / 'phi.safetensors'}"
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "phi.safetensors",
+    }  # fmt: skip
+    train = [record for record in records(folder) if "loss" in record]
+    assert [(r["step"], r["episode"], r["inner_step"], r["task"]) for r in train] == [
+        (step, step // 5, 5, task) for step in (5, 10) for task in "abcd"
+    ]
+    assert all(r["steps_per_second"] > 0 and r["wait_seconds"] >= 0 and 0 <= r["accuracy"] <= 1 for r in train)
+    tested = {record["task"] for record in records(folder) if "test_accuracy" in record}
+    assert tested == set("abcd")
+    assert list((folder / "tensorboard").iterdir())
+    model, _ = models.build(ModelConfig(name="tiny"), 9, "any")
+    missing, unexpected = model.load_state_dict(phi(folder), strict=False)
+    assert unexpected == []
+    assert {name for name in missing if "running" not in name and "num_batches" not in name} == {"fc.weight", "fc.bias"}
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(run, config, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        code, _, err = run("train.py", "--config", config, f"run_dir={tmp_path / name}", f"seed={seed}")
+        assert code == 0, err
+    assert_equal(phi(tmp_path / "one"), phi(tmp_path / "two"))
+    assert not torch.equal(phi(tmp_path / "one")["conv1.weight"], phi(tmp_path / "other")["conv1.weight"])
+
+
+def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_the_same_bits(
+    run, start, config, tmp_path
+):
+    keys = ["episodes=4000", "log_every=50", "checkpoint.every_steps=0", "reduction=ordered"]
+    process = start("train.py", "--config", config, *keys)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not records(tmp_path / "run"):
+        assert process.running(), process.finish()
+        time.sleep(0.1)
+    process.signal(signal.SIGTERM)
+    code, _, err = process.finish()
+    assert code == 75, err
+    stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", err)[1])
+    end = stopped + 7 - stopped % 5
+    keys[0] = f"episodes={-(-end // 5)}"
+    code, _, err = run("train.py", "--config", config, *keys)
+    assert code == 0, err
+    assert f"going on from the checkpoint of step {stopped}" in err
+    code, _, err = run("train.py", "--config", config, *keys, f"run_dir={tmp_path / 'whole'}", ranks=2)
+    assert code == 0, err
+    assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "code", "message"),
+    [
+        (["innr.lr=1"], 2, "unknown key 'innr'; did you mean 'inner'?"),
+        (["batch_size=x"], 2, "'batch_size' is 'x': Input should be a valid integer"),
+        (["algorithm=maml"], 2, "algorithm='maml': choose one of cts"),
+        (["model.name=vgg"], 2, "model.name='vgg': choose one of resnet20"),
+        (["tasks=[a, nothere]"], 2, "nothere/train.beton: there is no such file"),
+        (["tasks=[{name: a, classes: 7}]"], 2, "task a: 7 classes configured, "),
+        (["tasks=[a, a]"], 2, "tasks: a name stands twice"),
+        (["inner.lr=1e30"], 1, "the update of task a, b, c, d is not finite"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(run, config, keys, code, message):
+    returned, _, err = run("train.py", "--config", config, *keys)
+    assert returned == code
+    assert err.count("error:") == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_task_of_one_rank_ends_all_ranks_with_one_line(start, config):
+    # Under 30 s, on a machine that does nothing else; most of it is the import of torch.
+    code, _, err = start("train.py", "--config", config, "tasks=[a, nothere]", ranks=2).finish(timeout=60)
+    assert code == 1  # torchrun's own, whatever the ranks gave
+    assert err.count("error:") == 1, err
+    assert "error: rank 1: " in err
+    assert "nothere/train.beton" in err
+
+
+def test_a_world_size_that_fits_no_layout_is_one_line(run, config):
+    code, _, err = run("train.py", "--config", config, "tasks=[a, b]", ranks=3)
+    assert code == 1
+    assert err.count("error: ") == 1
+    assert "2 tasks do not fit on 3 ranks" in err
+
+
+def test_nan_in_one_task_names_it_and_skip_goes_on(run, config, tmp_path, monkeypatch):
+    poison = tmp_path / "sitecustomize.py"  # the only way to get NaN out of finite pixels
+    poison.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import dist_cts.data.augment as a\n"
+        "    plain, calls = a.augment, []\n"
+        "    def poisoned(*args, **kwargs):\n"
+        "        calls.append(0)\n"
+        "        return plain(*args, **kwargs) * (float('nan') if len(calls) == 4 else 1)\n"
+        "    a.augment = poisoned\n"
+    )
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    code, _, err = run("train.py", "--config", config, "tasks=[a, b]", ranks=2)
+    assert code == 1
+    assert err.count("error: ") == 1
+    assert "error: step 4: the update of task b is not finite; phi does not contain it" in err
+    keys = ["tasks=[a, b]", "nonfinite=skip", f"run_dir={tmp_path / 'skip'}"]
+    code, _, err = run("train.py", "--config", config, *keys, ranks=2)
+    assert code == 0, err
+    assert "step 4: the update of task b is not finite; that learner starts again from phi" in err
+    assert all(torch.isfinite(tensor).all() for tensor in phi(tmp_path / "skip").values())
+
+
+def test_a_second_run_in_the_folder_is_refused(run, start, config, tmp_path):
+    process = start("train.py", "--config", config, "episodes=100000")
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.running(), process.finish()
+            time.sleep(0.1)
+        code, _, err = run("train.py", "--config", config)
+        assert code == 2
+        assert "is in use by another run" in err
+    finally:
+        process.signal(signal.SIGTERM)
+        assert process.finish()[0] == 75
+
+
+def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, tasks):
+    assert run("train.py", "--config", config)[0] == 0
+    settings = tmp_path / "test.yaml"
+    settings.write_text(
+        f"targets: [a, b]\nseeds: 2\nsteps: 6\nbatch_size: 8\neval_points: 2\ndevice: cpu\nmodel: {{name: tiny}}\n"
+        f"data: {{root: {tasks}}}\ninner: {{lr: 0.05}}\n"
+    )
+    arguments = ["--config", settings, "--phi", f"ours={tmp_path / 'run' / 'phi.safetensors'}"]
+    code, out, err = run("meta_test.py", *arguments, ranks=2)
+    assert code == 0, err
+    assert re.search(r"\| start +\| a \| b \| average \|", out)
+    result = json.loads((tmp_path / "run" / "meta_test" / "meta_test.json").read_text())
+    assert set(result["summary"]) == {"random", "ours"}
+    assert len(result["results"]) == 2 * 2 * 2
+    assert {point["step"] for r in result["results"] for point in r["curve"]} == {3, 6}
+    # Every one of the 60 test images counts: accuracies are multiples of 1 / 60, and not all of 1 / 56.
+    accuracies = [point["accuracy"] * 60 for r in result["results"] for point in r["curve"]]
+    assert accuracies == pytest.approx([round(a) for a in accuracies], abs=1e-4)
+    assert (tmp_path / "run" / "meta_test" / "meta_test.png").stat().st_size > 1000
+    before = (tmp_path / "run" / "meta_test" / "meta_test.md").read_text()
+    jobs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "meta_test" / "jobs").iterdir()}
+    code, again, err = run("meta_test.py", *arguments)  # nothing is left to do
+    assert code == 0, err
+    assert before in again
+    assert all(path.stat().st_mtime_ns == written for path, written in jobs.items())
+    code, _, err = run("meta_test.py", *arguments, "model.width=2", "random=false")
+    assert code == 2
+    assert "phi.safetensors does not fit" in err
+
+
+@pytest.mark.parametrize("script", ["train.py", "meta_test.py", "prepare.py"])
+def test_help_helps(run, script):
+    code, out, _ = run(script, "--help")
+    assert code == 0
+    assert len(out.splitlines()) > 20
+
+
+def test_import_dist_cts_is_light_and_without_ffcv(run):
+    check = (
+        "import sys, time; t = time.perf_counter(); import dist_cts, dist_cts.config; "
+        "assert time.perf_counter() - t < 1.0; import dist_cts.run; assert 'ffcv' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, env=ENVIRONMENT)

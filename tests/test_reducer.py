@@ -1,0 +1,104 @@
+"""The mean over tasks, and the control tail behind it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dist_cts.distributed import place
+from dist_cts.reducer import MetaReducer
+
+
+class StubLearner:
+    """What the reducer needs of a learner."""
+
+    def __init__(self, task):
+        self.task, self.flag = task, torch.zeros(1)
+
+    def flag_nonfinite(self, flag):
+        self.flag += flag
+
+    def take_statistics(self):
+        taken = torch.tensor([2.0, 2.0 * self.task, 1.0, self.flag.item()])
+        self.flag.zero_()
+        return taken
+
+    def take_wait_seconds(self):
+        return 0.25
+
+
+def reduce(rank, world_size, tasks, reduction, poisoned=None, stopper=None):
+    placement = place(tasks, world_size, rank)
+    learners = [StubLearner(task) for task in placement.local_tasks]
+    reducer = MetaReducer(torch.zeros(5), learners, placement, reduction)
+    reducer.stop_requested = rank == stopper
+    means, controls = [], []
+    for step in (1, 2, 3):
+        gradients = [torch.full((5,), float(step * (learner.task + 1))) for learner in learners]
+        for gradient, learner in zip(gradients, learners, strict=True):
+            if learner.task == poisoned and step == 2:
+                gradient[3] = float("nan")
+        means.append(reducer.mean(gradients, step).clone())
+        controls += reducer.received()
+    controls += reducer.received(flush=True)
+    return SimpleNamespace(means=means, controls=controls)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "ordered"])
+@pytest.mark.parametrize(("world_size", "tasks"), [(1, 3), (2, 3), (2, 2), (4, 2)])
+def test_the_mean_over_tasks_on_every_layout(run_ranks, reduction, world_size, tasks):
+    for result in run_ranks(world_size, reduce, world_size, tasks, reduction):
+        for step, mean in enumerate(result.means, 1):
+            torch.testing.assert_close(mean, torch.full((5,), step * (tasks + 1) / 2))
+        assert [control.step for control in result.controls] == [1, 2, 3]
+        control = result.controls[0]
+        assert control.steps.tolist() == [2.0] * tasks
+        assert control.loss.tolist() == [float(task) for task in range(tasks)]
+        assert control.accuracy.tolist() == [0.5] * tasks
+        assert control.wait_seconds.tolist() == [
+            0.25 * len(place(tasks, world_size, r).local_tasks) for r in range(world_size)
+        ]
+        assert not control.stop
+        assert control.nonfinite == []
+
+
+@pytest.mark.parametrize("reduction", ["mean", "ordered"])
+def test_a_nonfinite_task_is_left_out_and_named_on_every_rank(run_ranks, reduction):
+    for result in run_ranks(2, reduce, 2, 4, reduction, 2):
+        assert torch.equal(result.means[1], torch.full((5,), 2 * (1 + 2 + 0 + 4) / 4))
+        assert [control.nonfinite for control in result.controls] == [[], [2], []]
+
+
+def test_one_rank_s_stop_request_reaches_all_at_the_same_step(run_ranks):
+    for result in run_ranks(3, reduce, 3, 3, "mean", None, 1):
+        assert [control.stop for control in result.controls] == [True, True, True]
+
+
+def leave_lock_step(rank):
+    placement = place(2, 2, rank)
+    reducer = MetaReducer(torch.zeros(5), [StubLearner(rank)], placement)
+    reducer.exchange(5 + rank)
+    try:
+        reducer.received(flush=True)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_ranks_at_different_steps_are_noticed(run_ranks):
+    for rank, message in enumerate(run_ranks(2, leave_lock_step)):
+        assert message.startswith(f"the ranks left lock-step at step {5 + rank}")
+
+
+def test_one_collective_a_step_and_its_bytes_at_64_ranks(monkeypatch):
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=13, world_size=64, store=FakeStore())
+    try:
+        sent = []
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: sent.append(tensor.numel()))
+        reducer = MetaReducer(torch.zeros(1000), [StubLearner(13)], place(64, 64, 13))
+        reducer.mean([torch.ones(1000)], 1)
+    finally:
+        dist.destroy_process_group()
+    assert sent == [1000 + 2 + 64 + 4 * 64]

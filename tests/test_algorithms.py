@@ -54,8 +54,8 @@ def phi_zero():
     return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("fc.")}
 
 
-def make_learners(tasks):
-    return [TaskLearner(str(t), *make_model(t), MemoryBatches(t, classes=3 + t), InnerConfig(**INNER)) for t in tasks]
+def make_learners(tasks, inner=INNER):
+    return [TaskLearner(str(t), *make_model(t), MemoryBatches(t, classes=3 + t), InnerConfig(**inner)) for t in tasks]
 
 
 def make(case):
@@ -194,9 +194,7 @@ def test_accurate_says_that_it_costs_k_gradients_at_step_k():
 def test_mtl_is_joint_sgd_on_the_mean_loss_over_tasks(alone, optimizer, inner_steps):
     """With momentum and weight decay: the tasks' momenta add up, being linear. The heads each follow their own loss."""
     inner, steps = INNER | {"optimizer": optimizer}, 6
-    learners = make_learners(range(T))
-    for learner in learners:
-        learner.__init__(learner.name, learner.model, "fc", learner.batches, InnerConfig(**inner))
+    learners = make_learners(range(T), inner)
     phi = start(learners)
     algorithm = make_algorithm("mtl", MethodConfig(), inner_steps=inner_steps, meta_lr=1, seed=0)
     progress = Progress(inner_steps)

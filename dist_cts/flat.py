@@ -55,7 +55,8 @@ class FlatLayout:
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The named tensors inside `vector` [N]; they share its memory."""
-        return {slot.name: vector.as_strided(slot.shape, slot.stride, slot.offset) for slot in self.slots}
+        start = vector.storage_offset()
+        return {slot.name: vector.as_strided(slot.shape, slot.stride, start + slot.offset) for slot in self.slots}
 
     def lines(self) -> list[str]:
         """One line a tensor: name, shape, stride, dtype."""
@@ -103,15 +104,16 @@ class FlatParams:
         return self.vector[: self.body_layout.numel]
 
 
-def load_named(layout: FlatLayout, vector: Tensor, named: Mapping[str, Tensor]) -> None:
-    """Copies named tensors into `vector` [N].
+def load_named(layout: FlatLayout, vector: Tensor, named: Mapping[str, Tensor], source: str = "the start") -> None:
+    """Copies named tensors, which `source` gave, into `vector` [N]; tensors of other names are ignored.
 
     Raises:
         ValueError: a tensor of the layout is missing or has another shape; the first one is named.
     """
     for name, view in layout.views(vector).items():
         if name not in named:
-            raise ValueError(f"tensor {name!r} {list(view.shape)} is missing")
+            raise ValueError(f"{source} does not fit the model: tensor {name!r} {list(view.shape)} is missing")
         if named[name].shape != view.shape:
-            raise ValueError(f"tensor {name!r} is {list(named[name].shape)}, the model has {list(view.shape)}")
+            theirs, ours = list(named[name].shape), list(view.shape)
+            raise ValueError(f"{source} does not fit the model: tensor {name!r} is {theirs}, the model has {ours}")
         view.copy_(named[name])

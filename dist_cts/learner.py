@@ -135,6 +135,7 @@ class TaskLearner:
     def restart(self, phi: Tensor) -> None:
         """Starts the learner anew from phi [N] with fresh head, momentum and statistics: after a non-finite update."""
         self.theta.copy_(phi)
+        self.memory = {}
         self.flat.vector[self.theta.numel() :].copy_(self.head_init)
         self._clear_optimizer()
         self._clear_running_statistics()

@@ -121,10 +121,7 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
     autocast = torch.bfloat16 if config.precision == "bf16" else None
     learner = TaskLearner(job.target, model.to(device), head, batches, config.inner, autocast=autocast)
     if job.phi is not None:
-        try:
-            load_named(learner.flat.body_layout, learner.theta, load_phi(Path(job.phi)))
-        except ValueError as error:
-            raise ValueError(f"{job.phi} does not fit model.name={config.model.name}: {error}") from None
+        load_named(learner.flat.body_layout, learner.theta, load_phi(Path(job.phi)), job.phi)
     schedule = make_schedule(learner.optimizer, config.schedule, config.steps)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
     curve = []

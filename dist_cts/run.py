@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from dist_cts import models, run_folder
-from dist_cts.algorithms import ALGORITHMS
-from dist_cts.checkpoint import CheckpointConfig, Checkpoints, export_phi
+from dist_cts.algorithms import ALGORITHMS, MethodConfig, make_algorithm
+from dist_cts.checkpoint import CheckpointConfig, Checkpoints, export_phi, load_phi
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
 from dist_cts.distributed import (
@@ -30,9 +30,10 @@ from dist_cts.distributed import (
 from dist_cts.exit_codes import DONE, STOPPED, RunError
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner
-from dist_cts.meta_train import Progress, meta_train
+from dist_cts.meta_train import meta_train
 from dist_cts.metrics import Metrics, say
 from dist_cts.models import ModelConfig
+from dist_cts.progress import Progress
 from dist_cts.reducer import Control, MetaReducer, Reduction
 from dist_cts.sync_batch_norm import synchronise
 
@@ -58,6 +59,9 @@ class TrainConfig(Config):
     tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
     batch_size: int = Field(128, gt=0, description="images of one task in one inner step")
     seed: int = Field(0, description="phi_0, the heads and every sample follow from it")
+    init: Path | None = Field(
+        None, description="phi_0 from this .safetensors or .pth, its head dropped; default: the seed"
+    )
     run_dir: Path | None = Field(None, description="the run's folder; default runs/NAME of the config file")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; theta, phi, the mean stay fp32")
@@ -70,6 +74,7 @@ class TrainConfig(Config):
     timeout_seconds: float = Field(120, gt=0, description="how long a rank waits for a lost one")
     max_minutes: float = Field(0, ge=0, description="stop with a checkpoint after so long; 0: never")
     inner: InnerConfig = InnerConfig()
+    method: MethodConfig = MethodConfig()
     reset: ResetConfig = ResetConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -95,8 +100,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         """Opens and checks all that can be wrong on one rank alone; exchanges nothing with the others."""
-        if config.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm={config.algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+        self.algorithm = make_algorithm(
+            config.algorithm, config.method, inner_steps=config.inner_steps, meta_lr=config.meta_lr, seed=config.seed
+        )
         self.names = [task.name for task in config.tasks]
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"tasks: a name stands twice in {', '.join(self.names)}")
@@ -125,6 +131,8 @@ class Run:
         self.reducer = MetaReducer(self.phi, self.learners, placement, config.reduction)
         steps = config.episodes * config.inner_steps
         self.metrics = Metrics(self.folder, self.names, placement, self.progress, steps)
+        if note := self.algorithm.cost_note(config.inner_steps):
+            say(f"{config.algorithm} {note}")
         if resumed is not None:
             say(f"going on from the checkpoint of step {resumed}")
         self.started = time.monotonic()
@@ -132,7 +140,7 @@ class Run:
             meta_train(
                 self.phi,
                 self.learners,
-                ALGORITHMS[config.algorithm],
+                self.algorithm,
                 self.reducer,
                 beta=config.meta_lr,
                 M=config.episodes,
@@ -175,6 +183,7 @@ class Run:
         for task, learner in zip(self.placement.local_tasks, self.learners, strict=True):
             if task in control.nonfinite:
                 learner.restart(self.phi)
+                self.algorithm.begin(learner)
 
     def _learner(self, task: TaskConfig) -> TaskLearner:
         config, placement = self.config, self.placement
@@ -204,11 +213,14 @@ class Run:
             learner.model = synchronise(learner.model, group)
 
     def _phi_zero(self) -> Tensor:
-        """phi_0 [N] from the seed, the same on every rank from step 0 (the released code's ranks start apart)."""
+        """phi_0 [N] from the seed or a file, equal on all ranks from step 0 (the released code's ranks start apart)."""
+        config = self.config
         phi = torch.zeros(self.layout.numel, dtype=self.layout.dtype, device=self.device)
-        if self.placement.rank == 0:
-            model, _ = models.build(self.config.model, 1, self.config.seed, "phi")
-            load_named(self.layout, phi, model.state_dict())
+        with together():
+            if self.placement.rank == 0 and config.init is not None:
+                load_named(self.layout, phi, load_phi(config.init), str(config.init))
+            elif self.placement.rank == 0:
+                load_named(self.layout, phi, models.build(config.model, 1, config.seed, "phi")[0].state_dict())
         dist.broadcast(phi, 0)
         return phi
 

@@ -55,6 +55,13 @@ def test_load_named_copies_and_names_what_does_not_fit():
         load_named(layout, vector, {"a": torch.ones(3, 2), "b": torch.ones(4)})
 
 
+def test_views_of_a_slice_lie_in_the_slice():
+    layout = FlatLayout.of([("a", torch.zeros(3))])
+    rows = torch.zeros(2, layout.numel)
+    layout.views(rows[1])["a"].fill_(1.0)
+    assert rows.sum(1).tolist() == [0.0, 3.0]
+
+
 def test_fingerprints_differ_with_shape_stride_name_and_type():
     def fingerprint(name="a", tensor=None):
         return FlatLayout.of([(name, torch.zeros(2, 3, 4, 4) if tensor is None else tensor)]).fingerprint()

@@ -57,20 +57,19 @@ def place(tasks: int, world_size: int, rank: int) -> Placement:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` (CUDA where there is a GPU, otherwise the CPU), `cpu` or `cuda`: the local rank's device.
+    """`cpu`, `cuda`, or `auto`: this local rank's GPU where every local rank has one, otherwise the CPU.
 
     Raises:
-        ValueError: `cuda` without a GPU for this local rank.
+        ValueError: `cuda`, and fewer GPUs than local ranks.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and gpus < ranks):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if gpus < ranks:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start one rank a GPU "
-            "(torchrun --nproc_per_node) or set device=cpu"
+            f"device=cuda: {ranks} ranks on this node but {gpus} GPUs; start one rank a GPU, or set device=cpu"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
 

@@ -1,11 +1,13 @@
 """Meta-test (paper section 4.2): adapt each start to each target task, several seeds, and report test accuracy."""
 
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
 from dist_cts.models import ModelConfig
 from dist_cts.seeds import hashed_seed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class MetaTestConfig(Config):
@@ -173,7 +178,7 @@ def report(config: MetaTestConfig, results: list[dict]) -> None:
     document = {"config": config.model_dump(mode="json"), "summary": summary, "results": results}
     (config.out / "meta_test.json").write_text(json.dumps(document, indent=1) + "\n")
     (config.out / "meta_test.md").write_text(table)
-    plot(summary, config.targets, config.out / "meta_test.png")
+    plot(summary, config.out / "meta_test.png")
     print(f"{table}\nTest accuracy in % after {config.steps} steps, mean ± 95 % interval over {config.seeds} seeds.")
     print(f"Results: {config.out / 'meta_test.json'}, .md and .png")
 
@@ -196,34 +201,40 @@ def markdown(summary: dict[str, dict[str, dict]], targets: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(summary: dict[str, dict[str, dict]], targets: list[str], path: Path) -> None:
-    """A group of bars for every target, a bar for every start, with 95 % intervals."""
+def plot(summary: dict[str, dict[str, dict]], path: Path) -> None:
+    """Writes the bar plot of `draw_bars`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(targets), 3.4), layout="constrained")
+    targets = len(next(iter(summary.values())))
+    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * targets, 3.4), layout="constrained")
+    draw_bars(axes, summary)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def start_colours(starts: Iterable[str]) -> dict[str, str]:
+    """A colour for every start, apart for colour-blind eyes too (Okabe and Ito); random initialization is grey."""
+    palette = itertools.cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"])
+    return {start: "#999999" if start == "random" else next(palette) for start in starts}
+
+
+def draw_bars(axes: "Axes", summary: dict[str, dict[str, dict]]) -> None:
+    """A group of bars for every target, a bar for every start, with 95 % intervals."""
+    colours = start_colours(summary)
+    targets = list(next(iter(summary.values())))
     width = 0.8 / len(summary)
     for index, (start, row) in enumerate(summary.items()):
         place = np.arange(len(targets)) + (index - (len(summary) - 1) / 2) * width
         halves = np.nan_to_num([row[target]["ci95"] for target in targets])
         heights = [row[target]["accuracy"] for target in targets]
-        axes.bar(
-            place,
-            heights,
-            0.9 * width,
-            yerr=halves,
-            capsize=3,
-            label=start,
-            color=pyplot.get_cmap("cividis")(index / max(1, len(summary) - 1)),
-        )
+        axes.bar(place, heights, 0.9 * width, yerr=halves, capsize=3, label=start, color=colours[start])
     axes.set_xticks(np.arange(len(targets)), targets)
     axes.set_ylabel("test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def read_result(config: MetaTestConfig, job: Job) -> dict:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_cts.distributed import check_layouts, check_same_bits, place, together
+from dist_cts.distributed import check_layouts, check_same_bits, pick_device, place, together
 from dist_cts.exit_codes import RunError
 from dist_cts.flat import FlatLayout
 
@@ -28,6 +28,14 @@ def test_more_ranks_than_tasks_share_a_task_in_neighbouring_groups():
 def test_a_world_size_that_fits_no_layout_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match=r"4 tasks do not fit on 6 ranks: start at most 4 ranks, .* such as 4 or 8"):
         place(4, 6, 0)
+
+
+def test_auto_takes_gpus_only_where_every_local_rank_has_one(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="8 ranks on this node but 1 GPUs"):
+        pick_device("cuda")
 
 
 def fail_on_rank_1(rank):

@@ -1,9 +1,13 @@
 """The loop on real gloo ranks against the oracle."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import MemoryBatches
 from reference import meta_train as reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cts import models
 from dist_cts.algorithms import ALGORITHMS
@@ -37,8 +41,8 @@ def phi_zero():
     return named_body(models.build(TINY, 1, "phi")[0])
 
 
-def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean"):
-    """phi after M episodes on this rank, and phi - theta's largest change over the last shift."""
+def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext):
+    """phi after M episodes on this rank; the loop runs inside `watch()`."""
     placement = place(tasks, world_size, rank)
     group = data_group(placement, torch.device("cpu"))
     learners = []
@@ -52,7 +56,8 @@ def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean"):
     phi = torch.zeros(layout.numel)
     load_named(layout, phi, phi_zero())
     reducer = MetaReducer(phi, learners, placement, reduction)
-    meta_train(phi, learners, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K, progress=Progress(K))
+    with watch():
+        meta_train(phi, learners, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K, progress=Progress(K))
     return {name: view.clone() for name, view in layout.views(phi).items()}
 
 
@@ -103,3 +108,46 @@ def test_other_rows_equal_the_oracle(run_ranks, algorithm):
 def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks):
     phis = [run_ranks(w, train, w, T, INNER["momentum and decay"], "cts", "ordered") for w in (1, 2, 4)]
     assert_same_bits([phi for ranks in phis for phi in ranks])
+
+
+class ReadsBack(TorchDispatchMode):
+    """Notes every operation that makes the host wait for a value: item(), bool(), comparison of whole tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algorithm", ["cts", "no_shifting", "reptile"])
+def test_the_hot_path_reads_nothing_back(monkeypatch, algorithm):
+    monkeypatch.setattr(MetaReducer, "_receive", lambda self: None)  # reads a copy that has long arrived on the host
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mode = ReadsBack()
+        train(0, 1, 1, INNER["momentum and decay"], algorithm, watch=lambda: mode)
+        assert mode.found == []
+        with mode:
+            torch.ones(1).item()
+        assert mode.found == ["_local_scalar_dense"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_resumed_progress_counts_on():
+    progress, seen = Progress(3), []
+    for m in progress.episodes(3):
+        for k in progress.inner_steps(3):
+            seen.append((m, k, progress.step))
+            progress.stopping = progress.step == 4
+    assert seen == [(1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 1, 4)]
+    resumed = Progress(3, step=4)
+    assert not resumed.at_episode_start
+    rest = [(m, k, resumed.step) for m in resumed.episodes(3) for k in resumed.inner_steps(3)]
+    assert rest == [(2, 2, 5), (2, 3, 6), (3, 1, 7), (3, 2, 8), (3, 3, 9)]
+    assert resumed.at_episode_start

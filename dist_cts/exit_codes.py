@@ -8,24 +8,31 @@ DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: a checkpoint is written, start 
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; every rank raises it at the same step, with the same text."""
+    """A run that cannot go on; every rank raises it, with the same text."""
+
+
+class RankError(RunError):
+    """What ends the run on one rank alone; the others then lose contact with it."""
 
 
 def finish(command: Callable[[], int]) -> int:
-    """Runs `command` and gives its exit code; a user's mistake or a lost peer becomes a line on stderr.
+    """Runs `command` and gives its exit code; a mistake or a failure becomes a line on stderr.
 
-    ValueError and FileNotFoundError (the command cannot run as asked) give 2, RunError and OSError (it failed) 1.
-    Mistakes that all ranks share are printed by rank 0 alone.
+    ValueError and FileNotFoundError (the command cannot run as asked) give 2, RunError, OSError and ImportError (it
+    failed) 1. What all ranks share is printed by rank 0 alone, a RankError by its rank.
     """
     rank = os.environ.get("RANK", "0")
+    speaks = rank == "0"
     try:
         return command()
     except (ValueError, FileNotFoundError) as error:
         code, text = USAGE, str(error)
+    except RankError as error:
+        code, text, speaks = ERROR, f"rank {rank}: {error}", True
     except (RunError, OSError, ImportError) as error:
         code, text = ERROR, str(error)
     except KeyboardInterrupt:
-        code, text = ERROR, "interrupted at once; the newest checkpoint is what a restart goes on from"
-    if rank == "0":
+        code, text = ERROR, "interrupted at once; the same command goes on from the newest checkpoint"
+    if speaks:
         print(f"error: {text}", file=sys.stderr, flush=True)
     return code

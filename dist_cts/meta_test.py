@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,24 +91,27 @@ def meta_test(config: MetaTestConfig, phis: dict[str, str]) -> int:
                 open_task(config.data.root / target, "test", config.data, device)
             for phi in phis.values():
                 load_phi(Path(phi))
-            for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0):
-                run_once(config, job, device)
+            for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
+                accuracy = run_once(config, job, device)["curve"][-1]["accuracy"]
+                tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {100 * accuracy:.1f} %", file=sys.stderr)
+        dist.barrier()
         if rank == 0:
-            report(config, [read_result(config, job) for job in jobs])
+            report(config, [run_once(config, job, device) for job in jobs])
         dist.barrier()
     return DONE
 
 
-def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> None:
-    """Does a job and keeps its result, unless the same job's result is there: an interrupted call goes on."""
+def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
+    """A job's result, which is kept: where the same job's result is there, nothing is done again."""
     path = _result_path(config, job)
     if path.exists():
-        return
+        return json.loads(path.read_text())
     curve = adapt(config, job, device)
     result = {"target": job.target, "start": job.start, "seed": job.seed, "curve": curve}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(result))
     temporary.rename(path)
+    return result
 
 
 def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[str, float]]:
@@ -235,11 +239,6 @@ def draw_bars(axes: "Axes", summary: dict[str, dict[str, dict]]) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def read_result(config: MetaTestConfig, job: Job) -> dict:
-    """A finished job's result."""
-    return json.loads(_result_path(config, job).read_text())
 
 
 def _result_path(config: MetaTestConfig, job: Job) -> Path:

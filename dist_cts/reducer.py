@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_cts.distributed import Placement
+from dist_cts.exit_codes import RunError
 
 if TYPE_CHECKING:
     from dist_cts.learner import TaskLearner
@@ -96,7 +97,7 @@ class MetaReducer:
         rank that asks at the same step gets the same answer.
 
         Raises:
-            RuntimeError: the ranks were not at the same step.
+            RunError: the ranks were not at the same step.
         """
         if flush:
             self._receive()
@@ -148,7 +149,7 @@ class MetaReducer:
             event.synchronize()
         tasks, world_size = self.placement.tasks, self.placement.world_size
         if tail[1] != world_size * (step % STEP_MODULUS):
-            raise RuntimeError(f"the ranks left lock-step at step {step}: restart the run from its checkpoint")
+            raise RunError(f"the ranks left lock-step at step {step}: restart the run from its checkpoint")
         steps, loss, accuracy, flags = tail[2 + world_size :].view(4, tasks)
         self._received.append(
             Control(

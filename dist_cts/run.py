@@ -300,7 +300,7 @@ def _lost_peers_named() -> Iterator[None]:
         text = " ".join(str(error).split())
         if isinstance(error, dist.DistError) or "gloo" in text:
             raise RunError(
-                f"another rank is gone or has not answered in time ({text[:160]}); its own message is above. "
+                f"another rank is gone or has not answered in time ({text[:160]}). "
                 "Start the same command again: it goes on from the newest checkpoint"
             ) from error
         raise

@@ -247,6 +247,31 @@ def test_nan_in_one_task_names_it_and_skip_goes_on(run, config, tmp_path, monkey
     assert all(torch.isfinite(tensor).all() for tensor in phi(tmp_path / "skip").values())
 
 
+def test_a_dead_loader_thread_is_named_by_its_rank_and_ends_all(start, config, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import dist_cts.data.source as s\n"
+        "    plain = s._ffcv_classes\n"
+        "    def broken():\n"
+        "        loader, iterator = plain()\n"
+        "        def run_pipeline(self, batch, *rest):\n"
+        "            if batch == 6:\n"
+        "                raise OSError('disk gone')\n"
+        "            return super(iterator, self).run_pipeline(batch, *rest)\n"
+        "        iterator.run_pipeline = run_pipeline\n"
+        "        return loader, iterator\n"
+        "    s._ffcv_classes = broken\n"
+    )
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    process = start("train.py", "--config", config, "tasks=[a, b]", "data.cache=stream", ranks=2)
+    code, _, err = process.finish(timeout=90)
+    assert code == 1
+    assert "error: rank 1: task b, step 6: the loader thread of " in err
+    assert "disk gone" in err
+    assert "rank0]: Traceback" not in err
+
+
 def test_a_second_run_in_the_folder_is_refused(run, start, config, tmp_path):
     process = start("train.py", "--config", config, "episodes=100000")
     try:

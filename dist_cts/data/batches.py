@@ -97,7 +97,7 @@ class TaskBatches:
         """Images, float32 [B / D, 3, P, P], and labels, int64 [B / D], of step `step`, which it advances.
 
         Raises:
-            RuntimeError: the source broke; the message names task, file and step.
+            RankError: the source broke; the message names task, file and step.
         """
         started = time.perf_counter()
         if self._feed is None:

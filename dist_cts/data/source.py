@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_cts.data import beton
 from dist_cts.data.beton import Manifest
+from dist_cts.exit_codes import RankError
 
 AHEAD = 3  # batches that are decoded in advance
 STALLED = 300.0  # seconds without a batch after which a living loader thread counts as stuck
@@ -116,7 +117,7 @@ class StreamingSource:
 
         workers = min(self.workers, config.NUMBA_NUM_THREADS)
         if workers > 1 and threading_layer() == "workqueue":  # the one layer that two threads cannot share
-            raise RuntimeError("data.workers > 1 needs a thread-safe layer of numba: install tbb or libgomp")
+            raise ValueError("data.workers > 1 needs a thread-safe layer of numba: install tbb or libgomp")
         return loader_class(
             str(self.path),
             batch_size=1,  # every feed sets its own
@@ -147,7 +148,7 @@ class StreamingFeed:
         """uint8 [b, P, P, 3] of the next row; `index` is not looked at, the row was announced.
 
         Raises:
-            RuntimeError: the loader thread has died or is stuck; the message names task, file and step.
+            RankError: the loader thread has died or is stuck; the message names task, file and step.
         """
         batch = torch.from_numpy(self._next())
         self._step += 1
@@ -185,11 +186,11 @@ class StreamingFeed:
             _, (images,) = item
             return images
 
-    def _error(self, what: str) -> RuntimeError:
+    def _error(self, what: str) -> RankError:
         fault = self._iterator.fault
         cause = f" ({type(fault).__name__}: {' '.join(str(fault).split())})" if fault else ""
         task, path = self._source.manifest.name, self._source.path
-        return RuntimeError(f"task {task}, step {self._step}: the loader thread of {path} {what}{cause}")
+        return RankError(f"task {task}, step {self._step}: the loader thread of {path} {what}{cause}")
 
     def _drain(self) -> None:
         while not self._iterator.output_queue.empty():

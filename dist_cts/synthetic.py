@@ -1,0 +1,305 @@
+"""The paper's synthetic tasks (section 4.1): copies of one function of the plane, each moved and turned.
+
+Two ways to the same numbers: `meta_train_point` sends one start through the learners and the loop that train images,
+`meta_train_grid` does all starts of a grid at once. Points are float64; G starts, T tasks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from dist_cts.algorithms import ALGORITHMS
+from dist_cts.config import Config
+from dist_cts.distributed import place, process_group
+from dist_cts.exit_codes import RunError
+from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner, make_optimizer
+from dist_cts.meta_train import meta_train
+from dist_cts.progress import Progress
+from dist_cts.reducer import MetaReducer
+
+Point = tuple[float, float]
+
+
+class Environment(Config):
+    """T tasks: the template of `losses`, moved to a centre and turned by an angle for each of them."""
+
+    centers: tuple[Point, ...] = Field(min_length=1, description="[T][2], where each copy is moved to")
+    angles: tuple[float, ...] = Field(description="[T], radians by which each copy is turned")
+    coeff: Point = Field(description="weights of the two squares")
+    scale: float = Field(gt=0, description="factor by which the template is stretched")
+
+    @model_validator(mode="after")
+    def _one_angle_a_center(self) -> "Environment":
+        if len(self.angles) != len(self.centers):
+            raise ValueError(f"{len(self.centers)} centers but {len(self.angles)} angles: one angle a center")
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return len(self.centers)
+
+    def task(self, index: int) -> "Environment":
+        """The environment of that task alone."""
+        return self.model_copy(update={"centers": (self.centers[index],), "angles": (self.angles[index],)})
+
+
+_CENTERS = tuple((5 + 7 * math.sin(math.tau * t / 8), 5 + 7 * math.cos(math.tau * t / 8)) for t in range(8))
+_ANGLES = (0.9192, 1.1151, 4.4152, 5.9906, 3.9030, 4.0177, 3.1373, 0.2803)
+ENVIRONMENTS = {
+    # the constants of the published code
+    "released": Environment(centers=_CENTERS, angles=_ANGLES, coeff=(0.7385, 0.9954), scale=3),
+    # what the paper prints; it gives neither radius nor angles, so they are those of the published code
+    "paper": Environment(centers=_CENTERS, angles=_ANGLES, coeff=(1 / 3, 1 / 3), scale=1),
+}
+METHODS = ("cts", "reptile", "accurate", "no_shifting")  # the rows of ALGORITHMS that section 4.1 is about
+# A start is judged by what an optimizer makes of it that does not solve every task from everywhere: with the paper's
+# momentum SGD the mean loss after 100 steps is 0.003 over the whole plane.
+TEST = InnerConfig(optimizer="adam", lr=0.1, momentum=0.9, weight_decay=0)
+TEST_STEPS = 100
+
+
+def load_environment(name: str) -> Environment:
+    """The environment called `name`, or the one in that JSON file.
+
+    Raises:
+        FileNotFoundError: neither an environment nor a file.
+        ValueError: a file without the fields of an environment; the faulty ones are named.
+    """
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    if not Path(name).exists():
+        raise FileNotFoundError(f"no environment {name!r}: choose {' or '.join(ENVIRONMENTS)}, or name a JSON file")
+    try:
+        return Environment.model_validate_json(Path(name).read_bytes())
+    except ValidationError as error:
+        faults = [
+            ": ".join((*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, "))) for fault in error.errors()
+        ]
+        raise ValueError(f"{name}: {'; '.join(faults)}") from None
+
+
+# ---------------------------------------------------------------- the tasks
+
+
+def losses(env: Environment, points: Tensor) -> Tensor:
+    """Every task's loss [..., T] at `points` [..., T, 2], or [..., 1, 2] for the same point in all tasks.
+
+    With d = point - center, turned by the angle and divided by the scale into (u, v), it is
+    c0 (u^2 + v - 11)^2 + c1 (u + v^2 - 7)^2, zero at four minima: the paper's f, which has (u, v) = (x - 5, y - 5).
+    """
+    centers_x, centers_y, cos, sin = _constants(env)
+    x, y = points[..., 0] - centers_x, points[..., 1] - centers_y
+    u, v = cos * x - sin * y, sin * x + cos * y
+    return env.coeff[0] * (u * u + v - 11) ** 2 + env.coeff[1] * (u + v * v - 7) ** 2
+
+
+def gradients(env: Environment, points: Tensor) -> Tensor:
+    """The gradients [..., T, 2] of `losses` at `points` [..., T, 2] in closed form, in the points' memory layout."""
+    centers_x, centers_y, cos, sin = _constants(env)
+    x, y = points[..., 0] - centers_x, points[..., 1] - centers_y
+    u, v = cos * x - sin * y, sin * x + cos * y
+    a = (u * u + v).sub_(11).mul_(2 * env.coeff[0])
+    b = (v * v + u).sub_(7).mul_(2 * env.coeff[1])
+    du, dv = (2 * a).mul_(u).add_(b), (2 * b).mul_(v).add_(a)
+    gradient = torch.empty_like(points)
+    torch.add(cos * du, sin * dv, out=gradient[..., 0])
+    torch.sub(cos * dv, sin * du, out=gradient[..., 1])
+    return gradient
+
+
+@lru_cache
+def _constants(env: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centres' x and y, cosine and sine of the angles over the scale: [T] each."""
+    centers, angles = (torch.tensor(values, dtype=torch.float64) for values in (env.centers, env.angles))
+    return centers[:, 0], centers[:, 1], angles.cos() / env.scale, angles.sin() / env.scale
+
+
+# ---------------------------------------------------------------- all starts of a grid at once
+
+
+def adapt(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Iterator[Tensor]:
+    """theta [G, T, 2] after each of `steps` inner steps from `phi` [G, 2]; the same memory every time."""
+    trajectory = _Trajectories(env, phi, inner)
+    for _ in range(steps):
+        trajectory.step()
+        yield trajectory.theta.detach()
+
+
+def quality(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Tensor:
+    """Task-average loss [G] after `steps` steps from `phi` [G, 2]; nan or inf where they diverge (Figures 4c, 5c)."""
+    *_, theta = adapt(env, phi, inner, steps)
+    return losses(env, theta).mean(1)
+
+
+@torch.no_grad()
+def meta_train_grid(
+    env: Environment,
+    starts: Tensor,
+    algorithm: str,
+    inner: InnerConfig,
+    *,
+    beta: float,
+    M: int,
+    K: int,
+    reset_optimizer: bool = False,
+) -> Tensor:
+    """phi [1 + updates, G, 2]: `starts` [G, 2] and where each of them is after every meta-update.
+
+    The loop of meta_train.py with a batch of points for theta; `algorithm` is one of METHODS.
+    """
+    assert algorithm in METHODS, algorithm
+    period = K if algorithm == "reptile" else 1
+    trajectory = _Trajectories(env, starts, inner)
+    phi, path = starts, [starts]
+    for _ in range(M):
+        if reset_optimizer:
+            trajectory.load_state({})
+        begin = trajectory.state()
+        trajectory.start(phi)
+        for k in range(1, K + 1):
+            trajectory.step()
+            if k % period == 0:
+                delta = beta * (trajectory.theta - phi[:, None]).mean(1)
+                phi = phi + delta
+                path.append(phi)
+                if algorithm == "cts":
+                    trajectory.theta.add_(delta[:, None])
+                elif algorithm == "accurate" and k < K:  # after the last step the reset would discard it
+                    trajectory.load_state(begin)
+                    trajectory.start(phi)
+                    for _ in range(k):
+                        trajectory.step()
+    return torch.stack(path)
+
+
+class _Trajectories:
+    """theta [G, T, 2] of all tasks from all starts under one inner optimizer, whose updates are elementwise."""
+
+    def __init__(self, env: Environment, phi: Tensor, inner: InnerConfig) -> None:
+        self.env = env
+        # x and y lie apart in memory: every operation on one of them then runs over contiguous numbers.
+        planes = phi.T[:, :, None].repeat(1, 1, env.tasks)  # [2, G, T]
+        self.theta = nn.Parameter(planes.permute(1, 2, 0))
+        self.optimizer = make_optimizer([self.theta], inner)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.theta.grad = gradients(self.env, self.theta)
+        self.optimizer.step()
+
+    def start(self, phi: Tensor) -> None:
+        self.theta.copy_(phi[:, None].expand_as(self.theta))
+
+    def state(self) -> dict[str, Tensor]:
+        state = self.optimizer.state[self.theta]
+        return {key: value.clone() for key, value in state.items() if value is not None}
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """What `state` gave; what is not in `saved` starts at zero."""
+        for key, value in self.optimizer.state[self.theta].items():
+            if value is not None:
+                value.copy_(saved.get(key, torch.zeros_like(value)))
+
+
+# ---------------------------------------------------------------- one start through the learners
+
+
+class TaskPoint(nn.Module):
+    """A body that is one point of the plane, and whose output is its task's loss there."""
+
+    def __init__(self, env: Environment, task: int) -> None:
+        super().__init__()
+        self.env = env.task(task)
+        self.point = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, _: Tensor) -> Tensor:
+        """Anything to the loss, a scalar."""
+        return losses(self.env, self.point[None])[0]
+
+
+class NoBatches:
+    """Batches of a task that has no data. `taken` counts the gradients asked for, replays included."""
+
+    def __init__(self) -> None:
+        self.taken, self.step, self.wait_seconds = 0, 0, 0.0
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        self.taken += 1
+        self.step += 1
+        return torch.empty(0), torch.empty(0)
+
+    def seek(self, step: int) -> None:
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What one run went through; `inner_gradient_steps` counts those of one task, all tasks take as many.
+
+    phi [1 + updates, 2]: the start, then after every meta-update. theta [T, M K, 2]: after every inner step, shift
+    included. inner_gradient_steps [1 + updates]: spent when phi got there.
+    """
+
+    phi: Tensor
+    theta: Tensor
+    inner_gradient_steps: list[int]
+
+
+def meta_train_point(
+    env: Environment,
+    start: Point,
+    algorithm: str,
+    inner: InnerConfig,
+    *,
+    beta: float,
+    M: int,
+    K: int,
+    reset_optimizer: bool = False,
+) -> Trajectory:
+    """Meta-trains one start through TaskLearner, MetaReducer and the loop of Algorithm 2; needs no process group.
+
+    Raises:
+        RunError: a task's theta is no longer finite; task and step are named.
+    """
+    learners = [
+        TaskLearner(
+            f"task {task + 1}",
+            TaskPoint(env, task),
+            None,
+            NoBatches(),
+            inner,
+            reset=ResetConfig(optimizer=reset_optimizer),
+            criterion=lambda loss, _: (loss, torch.zeros(())),
+        )
+        for task in range(env.tasks)
+    ]
+    point = learners[0].flat.body_layout.views
+    phi = torch.zeros_like(learners[0].theta)
+    point(phi)["point"].copy_(torch.tensor(start))
+    row, progress = ALGORITHMS[algorithm], Progress(K)
+    path, spent, thetas = [point(phi)["point"].clone()], [0], []
+
+    def record() -> None:
+        thetas.append(torch.stack([point(learner.theta)["point"] for learner in learners]))
+        progress.stopping = not thetas[-1].isfinite().all()
+        if progress.step % (row.period or K) == 0:
+            path.append(point(phi)["point"].clone())
+            spent.append(learners[0].batches.taken)
+
+    with process_group(torch.device("cpu"), timeout_seconds=60):
+        reducer = MetaReducer(phi, learners, place(env.tasks, 1, 0))
+        meta_train(phi, learners, row, reducer, beta=beta, M=M, K=K, progress=progress, after_step=record)
+    if progress.stopping:
+        task = thetas[-1].isfinite().all(1).tolist().index(False)
+        raise RunError(
+            f"{learners[task].name} diverges at step {progress.step} from the start {tuple(start)}: take a smaller "
+            "inner learning rate, or --env released, whose surfaces are flatter than the paper's printed ones"
+        )
+    return Trajectory(torch.stack(path), torch.stack(thetas, 1), spent)

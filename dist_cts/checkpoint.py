@@ -24,7 +24,7 @@ from dist_cts.checkpoint_files import (
     Manifest,
     State,
     StoredFile,
-    all_finite,
+    check_finite,
     fsync_folder,
     read_manifest,
     read_state,
@@ -44,7 +44,8 @@ PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
 # What a resumed run may do otherwise than before: how long, where, what it says and keeps. A section means all of it.
 MAY_DIFFER = (
     *("episodes", "run_dir", "device", "timeout_seconds", "max_minutes", "nonfinite", "checkpoint"),
-    *("log_every", "eval_every", "check_every", "data.root", "data.cache", "data.workers"),
+    *("log_every", "eval_every", "check_every", "data.root", "data.cache"),
+    *("data.resident_limit_gib", "data.workers", "data.verify"),
 )
 _FILES = TypeAdapter(dict[str, StoredFile])
 log = logging.getLogger(__name__)
@@ -65,7 +66,6 @@ class _Report(NamedTuple):
 
     busy: bool
     newest: int | None
-    nonfinite: list[str]
     token: str
 
 
@@ -89,6 +89,7 @@ class Checkpoints:
         self.warn = warn if placement.rank == 0 else lambda text: None
         self.newest: int | None = None  # step of the newest good checkpoint, as far as this rank knows
         self._thread: Thread | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {}  # kept: new memory costs more time than the copying
         self._saved_at, self._saved_step, self._look = time.monotonic(), 0, 0
         with together():
             if placement.rank == 0:
@@ -124,9 +125,9 @@ class Checkpoints:
     ) -> bool:
         """Saves the state after `step`: phi [N], the learners, the run's config. Training may go on when this returns.
 
-        Nothing is written, with a warning, where a tensor is not finite or an earlier save still runs. A failure, such
-        as a full disk, becomes a warning and leaves the last good checkpoint. `wait` first waits for an earlier save
-        and then for this one: for a run that ends.
+        A failure (a full disk, a tensor that is not finite) becomes a warning and leaves the last good checkpoint, and
+        so does an earlier save that still runs. `wait` waits for an earlier save and then for this one: for a run that
+        ends.
 
         Returns:
             Whether the save has begun; with `wait`, whether `step` has a good checkpoint. The same on every rank.
@@ -136,26 +137,23 @@ class Checkpoints:
         self._saved_at, self._saved_step, self._look = time.monotonic(), step, step + 1
         states: dict[str, State] = {task_file(learner.name): learner.state_dict() for learner in learners}
         layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in learners}
-        nonfinite = [name for name, state in {PHI: {"phi": phi}, **states}.items() if not all_finite(state)]
-        ranks = _from_all(_Report(self._busy(), self.newest, nonfinite, uuid.uuid4().hex[:8]))
+        ranks = _from_all(_Report(self._busy(), self.newest, uuid.uuid4().hex[:8]))
         if ranks[0].newest == step:
             return True
         if any(rank.busy for rank in ranks):
             self.warn(f"no checkpoint of step {step}: an earlier one is still being written")
             return False
-        if any(rank.nonfinite for rank in ranks):
-            names = sorted({name for rank in ranks for name in rank.nonfinite})
-            self.warn(f"no checkpoint of step {step}: not finite: {', '.join(names)}")
-            return False
         if self.placement.rank == 0:
             states[PHI], layouts[PHI] = layout.views(phi), layout.fingerprint()
         if self.placement.contributes:  # of a data group, whose ranks hold the same bits, the first saves
-            copies = {name: to_host(state) for name, state in states.items()}
+            self._copies = {name: to_host(state, self._copies.get(name, {})) for name, state in states.items()}
             # A name of its own, so that no file of an earlier attempt, or of a rank that hung there, can get in.
             temporary = self.folder / f"{step_folder(step)}.{ranks[0].token}.tmp"
             values = config.model_dump(mode="json")
             # A daemon: a rank that fails does not wait for the files of others, which may have failed before it.
-            self._thread = Thread(target=self._write, args=(temporary, step, copies, layouts, values), daemon=True)
+            self._thread = Thread(
+                target=self._write, args=(temporary, step, self._copies, layouts, values), daemon=True
+            )
             self._thread.start()
         return self.wait() == step if wait else True
 
@@ -243,7 +241,7 @@ class Checkpoints:
             fsync_folder(self.folder)
             self.newest = step
             self._prune()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if rank != 0:
                 with suppress(OSError):  # on a full disk an empty file says enough
                     (temporary / f"rank-{rank}.failed").write_text(str(error))
@@ -301,9 +299,8 @@ def export_phi(path: Path, named: State, metadata: Mapping[str, str]) -> None:
     Raises:
         ValueError: a tensor is not finite.
     """
-    if not all_finite(named):
-        raise ValueError(f"{path}: not written, phi is not finite")
-    replace_file(path, safetensors.torch.save(to_host(named), dict(metadata)))
+    check_finite(path.name, named)
+    replace_file(path, safetensors.torch.save(to_host(named, {}), dict(metadata)))
 
 
 def load_phi(path: Path) -> dict[str, Tensor]:

@@ -55,16 +55,24 @@ def task_file(task: str) -> str:
     return f"task-{urllib.parse.quote(task, safe='')}.safetensors"
 
 
-def all_finite(state: State) -> bool:
-    """Whether no tensor holds NaN or an infinity."""
-    return all(bool(tensor.isfinite().all()) for tensor in state.values())
+def check_finite(name: str, state: State) -> None:
+    """Refuses tensors that would spoil every run that starts from them.
+
+    Raises:
+        ValueError: one holds NaN or an infinity; it is named.
+    """
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not written: {key} is not finite")
 
 
-def to_host(state: State) -> dict[str, Tensor]:
-    """Copies in host memory; from a GPU through pinned memory, all of them under way at once."""
+def to_host(state: State, memory: State) -> dict[str, Tensor]:
+    """Copies in host memory, that of `memory` where it fits; from a GPU pinned, all copies under way at once."""
     copies = {}
     for name, tensor in state.items():
-        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        old = memory.get(name)
+        fits = old is not None and old.shape == tensor.shape
+        copies[name] = old if fits else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         copies[name].copy_(tensor, non_blocking=True)
     if any(tensor.is_cuda for tensor in state.values()):
         torch.cuda.synchronize()
@@ -72,7 +80,13 @@ def to_host(state: State) -> dict[str, Tensor]:
 
 
 def write_state(path: Path, state: State, layout: str) -> StoredFile:
-    """Writes named tensors on the host, and returns what the manifest says of them."""
+    """Writes named tensors on the host, and returns what the manifest says of them.
+
+    Raises:
+        ValueError: one is not finite.
+        OSError: they cannot be written.
+    """
+    check_finite(path.name, state)
     data = safetensors.torch.save(dict(state))
     write_file(path, data)
     return StoredFile(bytes=len(data), sha256=_sha256(data), layout=layout)

@@ -17,7 +17,14 @@ from conftest import MemoryBatches
 
 from dist_cts import checkpoint, checkpoint_files, models
 from dist_cts.algorithms import ALGORITHMS
-from dist_cts.checkpoint import CheckpointConfig, Checkpoints, config_difference, export_phi, load_phi
+from dist_cts.checkpoint import (
+    MAY_DIFFER,
+    CheckpointConfig,
+    Checkpoints,
+    config_difference,
+    export_phi,
+    load_phi,
+)
 from dist_cts.checkpoint_files import MANIFEST, PHI, read_manifest, task_file
 from dist_cts.config import Config
 from dist_cts.distributed import data_group, place, process_group
@@ -26,6 +33,7 @@ from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import Progress, meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.reducer import MetaReducer
+from dist_cts.run import TrainConfig
 from dist_cts.sync_batch_norm import synchronise
 
 T, M, K, BETA = 4, 3, 5, 0.5
@@ -424,7 +432,7 @@ def test_a_fault_of_one_rank_is_one_warning_and_leaves_the_last_good_checkpoint(
     assert warnings[0].endswith("training goes on, the last good one is of step 1")
     assert "step 3: no files of rank 1" in warnings[1]
     assert "step 4: an earlier one is still being written" in warnings[2]
-    assert "step 5: not finite: task-task%2F3.safetensors" in warnings[3]
+    assert "step 5: rank 1: task-task%2F3.safetensors is not written: parameters is not finite" in warnings[3]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-????????")] == ["step-00000001"]
 
 
@@ -557,6 +565,12 @@ def test_a_config_that_does_not_fit_is_refused_with_the_keys(alone, two_checkpoi
     changed = RunConfig(seed=1, episodes=9, inner=InnerConfig(lr=0.1), checkpoint=CheckpointConfig(keep=5))
     with pytest.raises(ValueError, match=r"does not fit .*: inner\.lr was 0\.05, is 0\.1; seed was 0, is 1$"):
         load(start(0, 1, two_checkpoints[0], changed))
+
+
+def test_what_may_differ_are_keys_of_a_training_run():
+    config = TrainConfig(tasks=["a"]).model_dump(mode="json")
+    for free in MAY_DIFFER:
+        assert len(config_difference(config, {}, [free])) < len(config_difference(config, {})), free
 
 
 def test_config_difference_names_new_and_lost_keys_and_passes_over_free_ones():

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -136,7 +136,7 @@ class Run:
         if resumed is not None:
             say(f"going on from the checkpoint of step {resumed}")
         self.started = time.monotonic()
-        with self._stop_signals(), _lost_peers_named():
+        with closing(self.metrics), self._stop_signals(), _lost_peers_named():
             meta_train(
                 self.phi,
                 self.learners,
@@ -148,7 +148,7 @@ class Run:
                 progress=self.progress,
                 after_step=self.after_step,
             )
-        return self._end(finished=self.progress.step == steps)
+            return self._end(finished=self.progress.step == steps)
 
     def after_step(self) -> None:
         """Obeys the control tail, logs, tests, saves: whatever is decided here, all ranks decide at the same step."""
@@ -258,7 +258,6 @@ class Run:
             say(f"done: {self.progress.step} steps, phi is in {phi}")
         elif saved:
             say(f"stopped at step {self.progress.step}, a checkpoint is written: the same command goes on")
-        self.metrics.close()
         if not finished and not saved:
             raise RunError(f"stopped at step {self.progress.step}, but no checkpoint of it could be written")
         return DONE if finished else STOPPED

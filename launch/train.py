@@ -43,4 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from dist_cts.exit_codes import leave
+
+    leave(code)

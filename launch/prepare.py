@@ -1,7 +1,10 @@
 """Prepares data sets for training: from raw downloads to .beton files, a folder for each task.
 
     python launch/prepare.py DATASET --root RAW --out BETON_DIR [--split-classes a:b] [--pixels N] [--limit N]
-    python launch/prepare.py --suite demo --out BETON_DIR
+    python launch/prepare.py --suite paper-8 --root RAW --out BETON_DIR
+    python launch/prepare.py list
+    python launch/prepare.py verify BETON_DIR ...
+    python launch/prepare.py show BETON_DIR/TASK/train.beton --to sheet.png
 
 Exit codes: 0 done, 1 error, 2 bad usage.
 """
@@ -14,9 +17,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dist_cts.data import catalog
+from dist_cts.data import beton, catalog, contact_sheet, suites
+from dist_cts.data.archives import NotThere
 from dist_cts.data.beton import Manifest
-from dist_cts.data.prepare import OptionError, Options, prepare, task_name
+from dist_cts.data.prepare import RAW_UP_TO, OptionError, Options, prepare, task_name
 
 
 def class_range(text: str) -> tuple[int, int]:
@@ -33,21 +37,20 @@ def folder_name(text: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    width = max(map(len, catalog.CATALOG))
-    lines = [f"  {entry.name:<{width}}  {entry.where}" for entry in catalog.CATALOG.values()]
-    lines.append(f"  {'embedded:TASK':<{width}}  a task that dist_cts draws itself; --suite demo is all of them")
     parser = argparse.ArgumentParser(
         prog="prepare.py",
         usage="prepare.py (DATASET | --suite SUITE) [--root RAW] --out BETON_DIR [options]; see --help",
         description="Make a task (train.beton, test.beton and their manifests) of a data set. "
-        "What is already there and intact is left alone.",
-        epilog="\n".join(["data sets, and where to get them:", *lines]),
+        "What is already there and intact is left alone. Other commands: `prepare.py list`, "
+        "`prepare.py verify BETON_DIR ...`, `prepare.py show TASK/train.beton --to sheet.png`.",
+        epilog="\n".join(["data sets, and where to get them (`prepare.py list` tells more):", *places()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("dataset", nargs="?", metavar="DATASET", help="one of the data sets below")
-    add("--suite", help="prepare all data sets of a suite instead: demo")
-    add("--root", type=Path, help="the folder with the raw data, in their original layout")
+    add("--suite", help=f"prepare many tasks instead: {', '.join(suites.NAMES)}, or a YAML file that lists tasks")
+    add("--root", type=Path, help="the folder with the raw data, in their original layout; for a suite, of all")
+    add("--download", action="store_true", help="fetch the raw data into ROOT first, where torchvision can")
     add("--out", type=Path, required=True, help="where the task's folder goes")
     add("--name", type=folder_name, help="that folder's name (default: the data set and its class range)")
     add(
@@ -55,22 +58,36 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--pixels", type=int, help="side that images are resized to (default: the data set's own)")
     add("--limit", type=int, help="at most so many train images, a random choice with equal classes")
-    add("--test-fraction", type=float, default=0.2, help="of each class, if the data set has no split (default 0.2)")
+    add("--test-fraction", type=float, help="of each class, if the data set has no split (default: mostly 0.2)")
     add("--seed", type=int, default=0, help="of that split and of the limit (default 0)")
-    add("--mode", choices=("raw", "jpg"), default="raw", help="how images are stored (default raw: exact, faster)")
+    add("--mode", choices=("raw", "jpg"), help=f"how images are stored (default: raw up to {RAW_UP_TO} px, then jpg)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="images that do not decode (default stop)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: the cores there are)")
     return parser
 
 
+def places() -> list[str]:
+    width = max(map(len, catalog.CATALOG))
+    lines = [f"  {entry.name:<{width}}  {entry.where}" for entry in catalog.CATALOG.values()]
+    return [*lines, f"  {'embedded:TASK':<{width}}  a task that dist_cts draws itself; --suite demo is all of them"]
+
+
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        try:
+            return COMMANDS[arguments[0]](arguments[1:])
+        except (ValueError, OSError) as fault:
+            print(f"error: {fault}", file=sys.stderr)
+            return 1
     usage = parser()
     args = usage.parse_args(arguments)
     if bool(args.dataset) == bool(args.suite):
         usage.error("name one data set or one --suite")
     try:
-        entries = catalog.suite(args.suite) if args.suite else [catalog.entry(args.dataset)]
         options = Options(**{key: getattr(args, key) for key in Options.model_fields})
+        tasks = suites.suite(args.suite) if args.suite else [suites.Task(dataset=args.dataset)]
+        entries = [task.entry for task in tasks]
     except ValidationError as error:
         fault = error.errors()[0]
         usage.error(f"argument --{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, not {fault['input']}")
@@ -78,27 +95,124 @@ def main(arguments: list[str] | None = None) -> int:
         usage.error(str(fault))
     if args.workers < 1:
         usage.error(f"argument --workers: at least 1, not {args.workers}")
-    if args.root is None and any(entry.needs_root for entry in entries):
+    if args.root is None and any(
+        entry.needs_root and not task.root for entry, task in zip(entries, tasks, strict=True)
+    ):
         usage.error(f"{args.dataset or args.suite} needs --root, the folder with the raw data")
     if args.name and args.suite:
         usage.error("--name is for one data set, not for a suite")
+    if args.download and not args.suite and not entries[0].download:
+        usage.error(f"{args.dataset} cannot be downloaded by a program; where to get it: {entries[0].where}")
+    try:
+        if args.download:
+            for entry in entries:
+                _download(entry, args.root)
+        return _suite(tasks, options, args) if args.suite else _one(entries[0], options, args)
+    except (OptionError, FileNotFoundError) as fault:
+        usage.error(str(fault))
+    except NotThere as fault:
+        print(f"error: {fault}; where to get the data: {entries[0].where}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"error: stopped; what is complete in {args.out} stays, the same command goes on", file=sys.stderr)
+        if args.suite:
+            sys.stderr.flush()
+            os._exit(1)  # threads in the middle of a file would hold the exit up; what they leave is deleted next time
+    return 1
 
-    for entry in entries:
-        folder = args.out / (args.name or task_name(entry, args.root, options))
-        start = time.monotonic()
-        try:
-            train, test = prepare(entry, args.root, folder, options, args.workers, args.on_error)
-        except (OptionError, FileNotFoundError) as fault:
-            usage.error(f"{entry.name}: {fault}")
-        except (ValueError, OSError, ImportError) as fault:
-            print(f"error: {fault}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(f"error: stopped; {folder} is not complete", file=sys.stderr)
-            return 1
-        whole = options.split_classes is None and options.limit is None
-        print(summary(entry, folder, train, test, time.monotonic() - start, whole), flush=True)
+
+def _download(entry: catalog.Entry, root: Path) -> None:
+    if entry.download:
+        print(f"{entry.name}: downloading into {root}", flush=True)
+        root.mkdir(parents=True, exist_ok=True)
+        entry.download(root)
+
+
+def _one(entry: catalog.Entry, options: Options, args: argparse.Namespace) -> int:
+    folder, start = args.out / (args.name or task_name(entry, args.root, options)), time.monotonic()
+    try:
+        train, test = prepare(entry, args.root, folder, options, args.workers, args.on_error)
+    except (OptionError, FileNotFoundError) as fault:
+        raise type(fault)(f"{entry.name}: {fault}") from None
+    whole = options.split_classes is None and options.limit is None
+    print(summary(entry, folder, train, test, time.monotonic() - start, whole), flush=True)
     return 0
+
+
+def _suite(tasks: list[suites.Task], options: Options, args: argparse.Namespace) -> int:
+    given = {key: value for key, value in options if value != Options.model_fields[key].default}
+    tasks = [task.model_copy(update=given | ({"expected": None} if given else {})) for task in tasks]
+    start = time.monotonic()
+
+    def done(task: suites.Task, folder: Path, outcome: suites.Outcome) -> None:
+        if isinstance(outcome, Exception):
+            print(f"{folder}: {suites.verdict(task, outcome)}", flush=True)
+        else:
+            print(summary(task.entry, folder, *outcome, time.monotonic() - start, whole=False), flush=True)
+
+    outcomes = suites.prepare_all(tasks, args.root, args.out, args.workers, args.on_error, done=done)
+    print("\n" + suites.table(tasks, outcomes))
+    verdicts = [suites.verdict(task, outcome) for task, outcome in zip(tasks, outcomes, strict=True)]
+    return 1 if {"failed", "differs"} & set(verdicts) or set(verdicts) == {"missing"} else 0
+
+
+def _list(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="prepare.py list", description="Show the catalog.").parse_args(arguments)
+    for entry in catalog.CATALOG.values():
+        train, test = entry.counts or (None, None)
+        size = f"{train:,} train, {f'{test:,}' if test else 'no'} test images, " if entry.counts else ""
+        kind = f"{entry.classes} classes, " if entry.classes else ""
+        print(f"{entry.name}: {size}{kind}{entry.pixels or 'its own'} px, {'grey' if entry.channels == 1 else 'RGB'}")
+        for label, text in (
+            ("from", entry.where),
+            ("cite", entry.citation),
+            ("licence", entry.licence),
+            ("note", entry.note),
+        ):
+            if text:
+                print(f"    {label}: {text}")
+    print("suites:")
+    for name in suites.NAMES:
+        print(f"    {name}: {', '.join(task.name or task.dataset for task in suites.suite(name))}")
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    usage = argparse.ArgumentParser(prog="prepare.py verify", description="Check .beton files against their manifests.")
+    usage.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help=".beton files, or folders to search for them"
+    )
+    paths, faults = usage.parse_args(arguments).paths, 0
+    for path in paths:
+        manifests = [file.with_suffix(".beton") for file in path.rglob("*.json")] if path.is_dir() else []
+        for file in sorted({*path.rglob("*.beton"), *manifests}) if path.is_dir() else [path]:
+            try:
+                manifest = beton.verify(file)
+                print(f"{file}: ok, {manifest.count:,} images, {manifest.classes} classes")
+            except (ValueError, OSError) as fault:
+                print(f"error: {fault}", file=sys.stderr)
+                faults += 1
+        if path.is_dir() and not any(path.rglob("*.beton")):
+            raise ValueError(f"{path}: no .beton files in it or below")
+    return 1 if faults else 0
+
+
+def _show(arguments: list[str]) -> int:
+    usage = argparse.ArgumentParser(prog="prepare.py show", description="Draw random images with their labels.")
+    usage.add_argument("beton", type=Path, help="a .beton file")
+    usage.add_argument("--to", type=Path, required=True, help="the PNG to write")
+    usage.add_argument("--count", type=int, default=40, help="images (default 40)")
+    usage.add_argument("--seed", type=int, default=0)
+    args = usage.parse_args(arguments)
+    if args.count < 1:
+        usage.error(f"argument --count: at least 1, not {args.count}")
+    contact_sheet.draw(args.beton, args.to, args.count, args.seed)
+    print(f"{args.to}: written")
+    return 0
+
+
+COMMANDS = {"list": _list, "verify": _verify, "show": _show}
 
 
 def summary(entry: catalog.Entry, folder: Path, train: Manifest, test: Manifest, seconds: float, whole: bool) -> str:

@@ -1,4 +1,4 @@
-"""The catalog: every data set by name, with its reader, its size and where to get it; and suites of them."""
+"""The catalog: every data set by name, with its reader, its size and where to get it."""
 
 import zlib
 from collections.abc import Callable
@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dist_cts.data import readers
+from dist_cts.data import readers, tables, torchvision_sets
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 EMBEDDED = "embedded:"
+IMAGENET = "https://image-net.org (an account): ILSVRC2012 train, val and devkit archives, unpacked by class or not"
+IMAGENET_SPLITS = (  # train images, test images, classes: the paper's supplement, Table 4
+    (146_741, 5_650, 113),
+    (169_582, 6_550, 131),
+    (151_773, 6_050, 121),
+    (154_047, 6_050, 121),
+    (154_373, 6_000, 120),
+    (121_344, 4_750, 95),
+    (198_314, 7_750, 155),
+    (184_993, 7_200, 144),
+)
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,27 @@ class Entry:
     where: str  # where to get it
     pixels: int | None = None  # the side that images are resized to by default; None: they all have one size, kept
     counts: tuple[int, int] | None = None  # train and test images of the whole data set; 0: it defines no test part
+    classes: int | None = None
+    channels: int = 3
+    test_fraction: float = 0.2  # of each class, if the data set defines no test part
+    citation: str = ""
+    licence: str = ""  # what its authors say; a note, not advice
+    note: str = ""
+    folder: str = ""  # its folder below a root that holds several data sets, if not `name`
+    download: Callable[[Path], object] | None = None  # puts it below a folder, checksums checked
     needs_root: bool = True
     version: str = ""  # of a data set that is computed: two versions are not the same data
+
+
+def _torchvision(name: str, read: Callable, where: str, **facts) -> Entry:
+    """An entry that torchvision reads and downloads."""
+    return Entry(
+        name,
+        partial(read, download=False),
+        f"launch/prepare.py {name} --download --root RAW --out BETON_DIR ({where})",
+        download=partial(read, download=True),
+        **facts,
+    )
 
 
 CATALOG = {
@@ -32,9 +62,185 @@ CATALOG = {
         Entry(
             "tiny-imagenet",
             readers.tiny_imagenet,
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked",
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked or not",
             pixels=64,
             counts=(100_000, 10_000),
+            classes=200,
+            citation="Le and Yang 2015",
+            licence="images of ImageNet: non-commercial research",
+            note="the paper's two splits are --split-classes 0:100 and 100:200",
+        ),
+        _torchvision(
+            "cifar100",
+            partial(torchvision_sets.arrays, name="CIFAR100", splits=(True, False), class_names=()),
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            pixels=32,
+            counts=(50_000, 10_000),
+            classes=100,
+            citation="Krizhevsky 2009",
+            licence="none stated",
+        ),
+        _torchvision(
+            "cifar10",
+            partial(torchvision_sets.arrays, name="CIFAR10", splits=(True, False), class_names=()),
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            pixels=32,
+            counts=(50_000, 10_000),
+            classes=10,
+            citation="Krizhevsky 2009",
+            licence="none stated",
+        ),
+        Entry(
+            "stanford-dogs",
+            readers.stanford_dogs,
+            "http://vision.stanford.edu/aditya86/ImageNetDogs/: images.tar and lists.tar, unpacked or not",
+            pixels=84,
+            counts=(12_000, 8_580),
+            classes=120,
+            citation="Khosla et al. 2011",
+            licence="images of ImageNet: non-commercial research",
+            note="the paper counts 11,999 train images; one of the 12,000 is a PNG with transparency, which we keep",
+        ),
+        _torchvision(
+            "aircraft",
+            partial(torchvision_sets.files, name="FGVCAircraft", train=["trainval"], test=["test"]),
+            "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+            pixels=84,
+            counts=(6_667, 3_333),
+            classes=100,
+            citation="Maji et al. 2013",
+            licence="non-commercial research",
+            note="variants; train is trainval; the line with the photographer's name is kept",
+        ),
+        Entry(
+            "cub",
+            readers.cub,
+            "https://www.vision.caltech.edu/datasets/cub_200_2011/: CUB_200_2011.tgz, unpacked or not",
+            pixels=84,
+            counts=(5_994, 5_794),
+            classes=200,
+            citation="Wah et al. 2011",
+            licence="non-commercial research and education",
+        ),
+        _torchvision(
+            "svhn",
+            partial(
+                torchvision_sets.arrays, name="SVHN", splits=("train", "test"), class_names=torchvision_sets.DIGITS
+            ),
+            "http://ufldl.stanford.edu/housenumbers/",
+            pixels=32,
+            counts=(73_257, 26_032),
+            classes=10,
+            citation="Netzer et al. 2011",
+            licence="non-commercial use",
+            note="cropped digits, without the extra part",
+        ),
+        Entry(
+            "stanford-cars",
+            readers.stanford_cars,
+            "cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat, unpacked or not; "
+            "their page at ai.stanford.edu is gone, https://github.com/pytorch/vision/issues/7545 lists mirrors",
+            pixels=84,
+            counts=(8_144, 8_041),
+            classes=196,
+            citation="Krause et al. 2013",
+            licence="images of ImageNet: non-commercial research",
+            folder="stanford_cars",
+        ),
+        Entry(
+            "quickdraw",
+            readers.quickdraw,
+            "gsutil -m cp 'gs://quickdraw_dataset/full/numpy_bitmap/*.npy' RAW/quickdraw (345 files, 37 GB)",
+            pixels=28,
+            counts=(34_500, 34_500),
+            classes=345,
+            channels=1,
+            citation="Ha and Eck 2017",
+            licence="CC BY 4.0",
+            note="100 train and 100 test drawings a class, chosen by a seed",
+        ),
+        _torchvision(
+            "flowers",
+            partial(torchvision_sets.files, name="Flowers102", train=["train", "val"], test=["test"]),
+            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+            pixels=84,
+            counts=(2_040, 6_149),
+            classes=102,
+            citation="Nilsback and Zisserman 2008",
+            licence="none stated",
+            note="train is train (1,020) and then val (1,020)",
+        ),
+        _torchvision(
+            "pets",
+            torchvision_sets.pets,
+            "https://www.robots.ox.ac.uk/~vgg/data/pets/",
+            pixels=84,
+            counts=(3_680, 3_669),
+            classes=37,
+            citation="Parkhi et al. 2012",
+            licence="CC BY-SA 4.0",
+            note="train is trainval",
+        ),
+        _torchvision(
+            "stl10",
+            partial(
+                torchvision_sets.arrays, name="STL10", splits=("train", "test"), class_names=torchvision_sets.STL10
+            ),
+            "https://cs.stanford.edu/~acoates/stl10/",
+            pixels=32,
+            counts=(5_000, 8_000),
+            classes=10,
+            citation="Coates et al. 2011",
+            licence="images of ImageNet: non-commercial research",
+            note="96 x 96 in the source",
+        ),
+        _torchvision(
+            "food101",
+            partial(torchvision_sets.files, name="Food101", train=["train"], test=["test"]),
+            "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+            pixels=224,
+            counts=(75_750, 25_250),
+            classes=101,
+            citation="Bossard et al. 2014",
+            licence="scientific fair use",
+        ),
+        _torchvision(
+            "dtd",
+            partial(torchvision_sets.files, name="DTD", train=["train", "val", "test"], test=[]),
+            "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+            pixels=224,
+            counts=(4_230, 1_410),
+            classes=47,
+            test_fraction=0.25,
+            citation="Cimpoi et al. 2014",
+            licence="research purposes",
+            note="no union of its folds (40 + 40 + 40 images a class) gives the paper's 4,230 + 1,410, which are 90 + "
+            "30 a class: all three parts of fold 1 together, then a seeded quarter of every class for test",
+        ),
+        Entry(
+            "imagenet",
+            readers.imagenet,
+            IMAGENET,
+            pixels=224,
+            counts=(1_281_167, 50_000),
+            classes=1_000,
+            citation="Deng et al. 2009",
+            licence="non-commercial research",
+        ),
+        *(
+            Entry(
+                f"imagenet-{number}",
+                partial(readers.imagenet, split=number),
+                IMAGENET,
+                pixels=224,
+                counts=counts,
+                classes=classes,
+                citation="Deng et al. 2009; lists of classes from WordNet 3.0",
+                licence="non-commercial research",
+                folder="imagenet",
+                note="the paper's train count; ours may differ by some images, see benchmarks/paper/imagenet_splits.py",
+            )
+            for number, (*counts, classes) in enumerate(IMAGENET_SPLITS, 1)
         ),
         Entry(
             "gtsrb",
@@ -42,6 +248,9 @@ CATALOG = {
             "torchvision.datasets.GTSRB(ROOT, download=True)",
             pixels=32,
             counts=(26_640, 12_630),
+            classes=43,
+            citation="Stallkamp et al. 2011",
+            licence="none stated",
         ),
         Entry(
             "fashion-mnist",
@@ -49,6 +258,12 @@ CATALOG = {
             "torchvision.datasets.FashionMNIST(ROOT, download=True), or Debian's package dataset-fashion-mnist",
             pixels=28,
             counts=(60_000, 10_000),
+            classes=10,
+            channels=1,
+            citation="Xiao et al. 2017",
+            licence="MIT",
+            folder="FashionMNIST",
+            download=partial(readers.download_idx, name="FashionMNIST"),
         ),
         Entry(
             "kmnist",
@@ -56,14 +271,23 @@ CATALOG = {
             "torchvision.datasets.KMNIST(ROOT, download=True)",
             pixels=28,
             counts=(60_000, 10_000),
+            classes=10,
+            channels=1,
+            citation="Clanuwat et al. 2018",
+            licence="CC BY-SA 4.0",
+            folder="KMNIST",
+            download=partial(readers.download_idx, name="KMNIST"),
         ),
         Entry("image-folder", readers.image_folder, "your own images, in a folder for each class", pixels=64),
+        Entry("table", tables.read, "your own CSV, Parquet or Arrow files: an image and a label a row", pixels=64),
         Entry(
             "digits",
             readers.digits,
             "comes with scikit-learn",
             pixels=8,
             counts=(1_797, 0),
+            classes=10,
+            channels=1,
             needs_root=False,
         ),
     )
@@ -90,16 +314,3 @@ def entry(name: str) -> Entry:
         )
     known = ", ".join([*CATALOG, *(EMBEDDED + task for task in embedded.TASKS)])
     raise ValueError(f"there is no data set {name!r}; there are {known}")
-
-
-def suite(name: str) -> list[Entry]:
-    """The data sets of a suite.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name != "demo":
-        raise ValueError(f"there is no suite {name!r}; there is demo")
-    from dist_cts.data import embedded
-
-    return [entry(EMBEDDED + task) for task in embedded.TASKS]

@@ -15,6 +15,8 @@ from dist_cts.data.catalog import EMBEDDED, Entry
 from dist_cts.data.raw import RawDataset
 from dist_cts.data.readers import Split
 
+RAW_UP_TO = 128  # a 224 px image is 150 kB raw and about a tenth of that as JPEG; benchmarks/storage.py measures both
+
 
 class Options(Config):
     """What to make of a data set."""
@@ -22,9 +24,9 @@ class Options(Config):
     split_classes: tuple[int, int] | None = None  # first (from 0) and stop, as in a Python slice
     pixels: int | None = Field(None, ge=1, le=1024)
     limit: int | None = Field(None, ge=1)  # train images
-    test_fraction: float = Field(0.2, gt=0, lt=1)  # for data sets without a split of their own
+    test_fraction: float | None = Field(None, gt=0, lt=1)  # where the data set has no split; None: its entry's
     seed: int = 0
-    mode: Literal["raw", "jpg"] = "raw"
+    mode: Literal["raw", "jpg"] | None = None  # None: raw up to RAW_UP_TO pixels, jpg above
 
 
 class OptionError(ValueError):
@@ -32,8 +34,10 @@ class OptionError(ValueError):
 
 
 def task_name(entry: Entry, root: Path | None, options: Options) -> str:
-    """The folder of a task that was given no name: the data set (an image folder's own name) and the class range."""
-    name = root.resolve().name if entry.name == "image-folder" else entry.name.removeprefix(EMBEDDED)
+    """The folder of a task that was given no name: the data set (for your own, the file or folder) and class range."""
+    name = entry.name.removeprefix(EMBEDDED)
+    if entry.name in ("image-folder", "table") and root is not None:
+        name = root.stem if root.is_file() else root.resolve().name
     return "-".join([name, *map(str, options.split_classes or ())])
 
 
@@ -53,14 +57,21 @@ def prepare(
         FileNotFoundError: there is no folder `root`.
         ValueError: the raw data are not what they should be, or the folder holds another data set.
     """
+    pixels = options.pixels or entry.pixels
+    options = options.model_copy(
+        update={
+            "test_fraction": options.test_fraction or entry.test_fraction,
+            "mode": options.mode or ("raw" if (pixels or 0) <= RAW_UP_TO else "jpg"),
+        }
+    )
     source = _source(entry, root, options)
     done = _prepared(folder, source, say)
     if done:
         return done
-    if entry.needs_root and (root is None or not root.is_dir()):
+    if entry.needs_root and (root is None or not root.exists()):
         raise FileNotFoundError(f"{root}: there is no such folder; where to get the data: {entry.where}")
     splits = _select(entry.read(root), options)
-    pixels = options.pixels or entry.pixels or len(np.asarray(splits[0].load(0)))
+    pixels = pixels or len(np.asarray(splits[0].load(0)))
     manifests = []
     for split, data in zip(("train", "test"), splits, strict=True):
         with tqdm(total=len(data), desc=f"{folder.name} {split}", unit="image", disable=None, leave=False) as bar:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,12 +42,22 @@ class Resized(Sequence):
 
 def from_files(class_names: Sequence[str], files: Sequence[tuple[Path, int]]) -> RawDataset:
     """A data set of (path, label) pairs, in their order."""
-    labels = np.array([label for _, label in files], dtype=np.int64)
-    return RawDataset(tuple(class_names), labels, lambda i: open_image(files[i][0]))
+    return from_named(class_names, files, open_image)
+
+
+def from_named(class_names: Sequence[str], named: Sequence[tuple[Any, int]], load: Callable) -> RawDataset:
+    """A data set of (name, label) pairs, in their order; `load(name)` gives the image."""
+    labels = np.array([label for _, label in named], dtype=np.int64)
+    return RawDataset(tuple(class_names), labels, lambda i: load(named[i][0]))
 
 
 def open_image(path: Path) -> Image.Image:
-    """The first frame of an image file, upright, as L if the file is grey and as RGB otherwise.
+    """`decode` of a file on the disk."""
+    return decode(path, path)
+
+
+def decode(source: Path | BinaryIO, path: Path | str) -> Image.Image:
+    """The first frame of an image file, upright, as L if it is grey and as RGB otherwise; `path` names it in errors.
 
     16-bit grey keeps its upper byte, as PIL does for 16-bit colour; transparent parts become white.
 
@@ -54,7 +65,7 @@ def open_image(path: Path) -> Image.Image:
         ValueError: it does not decode, or its pixels are floating-point numbers; the message names the file.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # decoders of damaged files raise almost anything

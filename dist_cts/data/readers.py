@@ -7,13 +7,17 @@ classes and then of their sorted paths, or in the order of the list that the dat
 
 import csv
 import gzip
+import io
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import resources
+from pathlib import Path, PurePath
 
 import numpy as np
 
+from dist_cts.data.archives import Files, NotThere, locate
 from dist_cts.data.raw import RawDataset, from_files
+from dist_cts.seeds import hashed_seed
 
 Split = tuple[RawDataset, RawDataset | None]
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -21,17 +25,139 @@ IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 
 def tiny_imagenet(root: Path) -> Split:
     """TinyImageNet: train/WNID/images, and val, which serves as test, labelled by val/val_annotations.txt."""
-    home = _find(root, "wnids.txt", "wnids.txt, train/WNID/images and val/val_annotations.txt")
-    wnids = sorted((home / "wnids.txt").read_text().split())
+    layout = "wnids.txt, train/WNID/images and val/val_annotations.txt, or tiny-imagenet-200.zip"
+    files = locate(root, dict.fromkeys(("wnids.txt", "train", "val"), "tiny-imagenet-200.zip"), layout)
+    wnids = sorted(files.text("wnids.txt").split())
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    train = [(path, label_of[wnid]) for wnid in wnids for path in _images(home / "train" / wnid / "images")]
-    annotations, test = home / "val" / "val_annotations.txt", []
-    for number, line in enumerate(_text(annotations).splitlines(), 1):
+    train = [
+        (name, label_of[name.split("/")[1]])
+        for name in files.below("train")
+        if PurePath(name).suffix.lower() in IMAGES and name.split("/")[1] in label_of
+    ]
+    test = []
+    for number, line in enumerate(files.text("val/val_annotations.txt").splitlines(), 1):
         columns = line.split("\t")
         if len(columns) < 2 or columns[1] not in label_of:
-            raise ValueError(f"{annotations}: line {number} names no class of wnids.txt")
-        test.append((home / "val" / "images" / columns[0], label_of[columns[1]]))
-    return from_files(wnids, train), from_files(wnids, test)
+            raise ValueError(f"{files.home}/val/val_annotations.txt: line {number} names no class of wnids.txt")
+        test.append((f"val/images/{columns[0]}", label_of[columns[1]]))
+    return files.dataset(wnids, train), files.dataset(wnids, test)
+
+
+def stanford_dogs(root: Path) -> Split:
+    """Stanford Dogs: Images/WNID-BREED, train_list.mat, test_list.mat; classes by folder name, as it numbers them."""
+    layout = "Images/WNID-BREED, train_list.mat and test_list.mat, or images.tar and lists.tar"
+    files = locate(root, {"Images": "images.tar", "train_list.mat": "lists.tar", "test_list.mat": "lists.tar"}, layout)
+    lists = [
+        [str(name) for name in np.atleast_1d(_matlab(files, f"{split}_list.mat", "file_list"))]
+        for split in ("train", "test")
+    ]
+    names = sorted({name.split("/")[0] for part in lists for name in part})
+    label_of = {name: label for label, name in enumerate(names)}
+    labelled = [[(f"Images/{name}", label_of[name.split("/")[0]]) for name in part] for part in lists]
+    return files.dataset(names, labelled[0]), files.dataset(names, labelled[1])
+
+
+def cub(root: Path) -> Split:
+    """CUB-200-2011: images.txt, image_class_labels.txt and train_test_split.txt; classes in its own order."""
+    lists = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
+    layout = f"{', '.join(lists)} and images/CLASS, or CUB_200_2011.tgz"
+    files = locate(root, dict.fromkeys((*lists, "images"), "CUB_200_2011.tgz"), layout)
+    columns = [dict(line.split(maxsplit=1) for line in files.text(name).splitlines() if line) for name in lists]
+    classes, images, labels, train = columns
+    if not images.keys() == labels.keys() == train.keys():
+        raise ValueError(f"{files.home}: {', '.join(lists[1:])} do not name the same images")
+    number = {key: label for label, key in enumerate(classes)}  # in the order of the file, 001.Black_footed_Albatross
+    if unknown := set(labels.values()) - set(number):
+        raise ValueError(f"{files.home}/image_class_labels.txt: class {min(unknown)} is not in classes.txt")
+    parts = [
+        [(f"images/{path.strip()}", number[labels[key]]) for key, path in images.items() if train[key] == part]
+        for part in ("1", "0")
+    ]
+    return files.dataset(list(classes.values()), parts[0]), files.dataset(list(classes.values()), parts[1])
+
+
+def stanford_cars(root: Path) -> Split:
+    """Stanford Cars: cars_train, cars_test and their annotations; classes as its cars_meta.mat numbers them."""
+    test_labels, train_labels = "cars_test_annos_withlabels.mat", "cars_train_annos.mat"
+    devkit = dict.fromkeys(("cars_meta.mat", train_labels), "car_devkit.tgz")
+    parts = {"cars_train": "cars_train.tgz", "cars_test": "cars_test.tgz"} | devkit | {test_labels: test_labels}
+    files = locate(root, parts, "cars_train, cars_test, devkit (or their .tgz) and cars_test_annos_withlabels.mat")
+    names = [str(name) for name in np.atleast_1d(_matlab(files, "cars_meta.mat", "class_names"))]
+    splits = []
+    for folder, table in (("cars_train", train_labels), ("cars_test", test_labels)):
+        rows = np.atleast_1d(_matlab(files, table, "annotations"))
+        labelled = [(f"{folder}/{row['fname']}", int(row["class"]) - 1) for row in rows]
+        if wrong := [label + 1 for _, label in labelled if not 0 <= label < len(names)]:
+            raise ValueError(f"{files.home}/{table}: class {wrong[0]} is none of 1..{len(names)}")
+        splits.append(files.dataset(names, labelled))
+    return splits[0], splits[1]
+
+
+def quickdraw(root: Path, images: int = 100, seed: int = 0) -> Split:
+    """QuickDraw's numpy bitmaps, CLASS.npy of uint8 [N, 784]: `images` random ones a class to train, as many to test.
+
+    Which they are follows from the seed and the class name alone.
+    """
+    paths = {path.stem.removeprefix("full_numpy_bitmap_"): path for path in root.rglob("*.npy")}
+    if not paths:
+        raise NotThere(f"{root}: no CLASS.npy in it or below")
+    names, pixels, chosen = sorted(paths), [], []
+    for name in names:
+        try:
+            drawings = np.load(paths[name], mmap_mode="r")
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{paths[name]}: cannot be read: {error}") from None
+        if drawings.dtype != np.uint8 or drawings.ndim != 2 or drawings.shape[1] != 784:
+            raise ValueError(f"{paths[name]}: {drawings.dtype} {list(drawings.shape)}, not uint8 [N, 784]")
+        if len(drawings) < 2 * images:
+            raise ValueError(f"{paths[name]}: {len(drawings)} drawings where {2 * images} are needed")
+        random = np.random.default_rng(hashed_seed("quickdraw", seed, name))
+        chosen.append(random.choice(len(drawings), 2 * images, replace=False))
+        pixels.append(drawings)
+
+    def part(first: int) -> RawDataset:
+        rows = [(label, row) for label, rows in enumerate(chosen) for row in np.sort(rows[first : first + images])]
+        labels = np.array([label for label, _ in rows], np.int64)
+        return RawDataset(tuple(names), labels, lambda i: np.array(pixels[rows[i][0]][rows[i][1]]).reshape(28, 28))
+
+    return part(0), part(images)
+
+
+def imagenet(root: Path, split: int | None = None) -> Split:
+    """ImageNet-1k: train/WNID and val/WNID, which serves as test; all classes, or those of one of the eight splits.
+
+    Where only the original archives are there, torchvision unpacks them first (into train and val beside them).
+    """
+    homes = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    home = next((folder for folder in homes if all((folder / part).is_dir() for part in ("train", "val"))), None)
+    if home is None:
+        archives = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+        if not all((root / name).exists() for name in archives):
+            raise NotThere(f"{root}: no train/WNID and val/WNID, and not all of {', '.join(archives)}")
+        from torchvision.datasets import ImageNet
+
+        for part in ("train", "val"):
+            ImageNet(root, part)
+        home = root
+    wnids = imagenet_split(split) if split else None
+    parts = []
+    for part in ("train", "val"):
+        there = {path.name for path in (home / part).iterdir() if path.is_dir()}
+        names = wnids or sorted(there)
+        if lacking := set(names) - there:
+            raise ValueError(f"{home / part}: {len(lacking)} classes are missing, among them {min(lacking)}")
+        parts.append(
+            (names, [(path, label) for label, name in enumerate(names) for path in _images(home / part / name)])
+        )
+    if parts[0][0] != parts[1][0]:
+        raise ValueError(f"{home}: train and val do not have the same classes")
+    return from_files(*parts[0]), from_files(*parts[1])
+
+
+def imagenet_split(number: int) -> list[str]:
+    """The sorted WordNet ids of one of the eight ImageNet splits, 1 to 8 (paper, supplement, Table 4)."""
+    text = (resources.files("dist_cts.data") / "imagenet_splits" / f"{number}.txt").read_text()
+    return [line.split()[0] for line in text.splitlines() if line.startswith("n")]
 
 
 def gtsrb(root: Path) -> Split:
@@ -70,11 +196,19 @@ def idx(root: Path, class_names: Sequence[str]) -> Split:
     held_out = [path for path in pairs.values() if "t10k" in path.name or "test" in path.name]
     train = [path for path in pairs.values() if path not in held_out]
     if not pairs:
-        raise ValueError(f"{root}: no *images-idx3-ubyte or *images-idx3-ubyte.gz in it or below")
+        raise NotThere(f"{root}: no *images-idx3-ubyte or *images-idx3-ubyte.gz in it or below")
     if len(train) > 1 or len(held_out) > 1:
         raise ValueError(f"{root}: IDX files of several data sets: {', '.join(map(str, pairs.values()))}")
     parts = [_idx_pair(path, class_names) for path in train + held_out]
     return (parts[0], parts[1]) if len(parts) == 2 else (parts[0], None)
+
+
+def download_idx(root: Path, name: str) -> None:
+    """Fetches Fashion-MNIST or KMNIST by torchvision, into ROOT/NAME/raw."""
+    from torchvision import datasets
+
+    for train in (True, False):
+        getattr(datasets, name)(root, train=train, download=True)
 
 
 def digits(root: Path | None) -> Split:
@@ -132,7 +266,7 @@ def _find(root: Path, landmark: str, layout: str) -> Path:
     for folder in (root, *sorted(root.iterdir())):
         if (folder / landmark).exists():
             return folder
-    raise ValueError(f"{root}: no {landmark} in it or one folder below (expected layout: {layout})")
+    raise NotThere(f"{root}: no {landmark} in it or one folder below (expected layout: {layout})")
 
 
 def _class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -148,6 +282,16 @@ def _images(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder}: no images in it or below")
     return files
+
+
+def _matlab(files: Files, name: str, variable: str) -> np.ndarray:
+    from scipy.io import loadmat
+
+    data = files.bytes(name)
+    try:
+        return loadmat(io.BytesIO(data), squeeze_me=True)[variable]
+    except Exception as error:  # damaged files raise almost anything
+        raise ValueError(f"{files.home / name}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _text(path: Path) -> str:

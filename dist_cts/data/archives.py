@@ -127,4 +127,5 @@ def _uncompressed(archive: Path) -> io.BufferedIOBase:
     plain = tempfile.TemporaryFile()  # noqa: SIM115 (read as long as the data set is)
     with gzip.open(archive) as packed:
         shutil.copyfileobj(packed, plain, 1 << 20)
+    plain.seek(0)  # which also flushes: members are read past the buffer
     return plain

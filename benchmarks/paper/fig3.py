@@ -102,7 +102,7 @@ class Task:
         self.directions = torch.zeros(max(*KS, K) - 1, len(self.start), dtype=dtype)
         for row in self.directions:  # phi is the body: the head is not shifted, nor are the gaps between tensors
             for view in self.flat.body_layout.views(row).values():
-                view.copy_(torch.randn(view.shape, generator=generator, dtype=dtype))
+                view.copy_(torch.randn(view.shape, generator=generator, dtype=torch.float64))  # whatever dtype
             row /= row.norm()
 
     def gradient(self, theta: Tensor, step: int) -> Tensor:
@@ -193,7 +193,8 @@ def draw_figure(errors: dict, out: Path, facts: dict) -> None:
         others = [f"{s} = {v:g}" for s, v in ((r"\alpha", ALPHA), (r"\beta", BETA), ("k", K)) if s not in symbol]
         ax.set(xscale="log", xlabel=symbol, title=f"({letter}) ${', '.join(others)}$")
         ax.legend(loc="upper left")
-        ax.margins(y=0.35 if panel == "k" else 0.18)
+        low, high = ax.get_ylim()
+        ax.set_ylim(top=high + (0.5 if panel == "k" else 0.2) * (high - low))  # room for the legend
     axes[2].set_xticks(KS, [str(k) for k in KS])
     axes[2].minorticks_off()
     axes[0].set_ylabel(r"$\log_{10}\ \|\varepsilon\|_2$")
@@ -209,7 +210,6 @@ def draw_figure(errors: dict, out: Path, facts: dict) -> None:
 
 def run(args: argparse.Namespace) -> int:
     dtype = torch.float64 if args.float64 else torch.float32
-    started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.data)
         if args.data.startswith(catalog.EMBEDDED):
@@ -229,7 +229,6 @@ def run(args: argparse.Namespace) -> int:
             "batch_size": args.batch_size,
             "draws": args.draws,
             "dtype": str(dtype),
-            "processor_seconds": round(time.process_time() - started),
         },
     )
     return DONE

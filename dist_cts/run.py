@@ -131,6 +131,8 @@ class Run:
         self.reducer = MetaReducer(self.phi, self.learners, placement, config.reduction)
         steps = config.episodes * config.inner_steps
         self.metrics = Metrics(self.folder, self.names, placement, self.progress, steps)
+        evaluations = self.algorithm.evaluations_per_meta_update(config.inner_steps)
+        say(f"{config.algorithm}: {evaluations:g} gradient evaluations a task for each update of phi")
         if note := self.algorithm.cost_note(config.inner_steps):
             say(f"{config.algorithm} {note}")
         if resumed is not None:

@@ -135,6 +135,7 @@ def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_pa
     code, _, err = run("train.py", "--config", config, "eval_every=10", ranks=2)
     assert code == 0, err
     folder = tmp_path / "run"
+    assert "cts: 1 gradient evaluations a task for each update of phi" in err
     assert own_lines(err)[-1] == f"done: 10 steps, phi is in {folder / 'phi.safetensors'}"
     assert {path.name for path in folder.iterdir()} >= {
         "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "phi.safetensors",

@@ -1,0 +1,102 @@
+"""What every benchmark shares: competitors in turns, a table, and a dated JSON that says what it was measured on.
+
+A script adds its own options to `parser(__doc__)`, times with `alternate`, and ends with `publish`.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dist_cts.run_folder import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has: --quick and --out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute: shows that it works, measures nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for DATE-NAME.json (default %(default)s)")
+    return parser
+
+
+def alternate(competitors: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds that each competitor takes in every round, after `warm_up` rounds that do not count.
+
+    All run once a round, every second round in reverse order: a machine that gets slower in the meantime slows all of
+    them alike. A competitor on a GPU synchronises itself before it returns.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for number in range(-warm_up, rounds):
+        for name in list(competitors)[:: 1 if number % 2 else -1]:
+            started = time.perf_counter()
+            competitors[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": len(values)}
+
+
+def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """`spread` of the ratios within each round: what disturbs a round disturbs both sides of its ratio."""
+    return spread([mine / other for mine, other in zip(seconds, baseline, strict=True)])
+
+
+def shown(values: Mapping[str, float], digits: int = 3) -> str:
+    """A `spread` for a table: median (low - high), each to `digits` figures."""
+    median, low, high = (_figure(values[key], digits) for key in ("median", "low", "high"))
+    return f"{median} ({low} - {high})"
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Markdown; the keys of the first row are the header."""
+    cells = [list(rows[0]), *([_cell(row[key]) for key in rows[0]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def publish(
+    name: str,
+    results: Mapping[str, object],
+    rows: Sequence[Mapping[str, object]],
+    out: Path,
+    device: torch.device | str = "cpu",
+    world_size: int = 1,
+) -> Path:
+    """Prints the table of `rows` and writes OUT/DATE-NAME.json: `results` behind date, command, commit and hardware."""
+    record = environment(torch.device(device), world_size)
+    del record["host"]
+    record |= {
+        "command": "python " + shlex.join(record["command"]),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),  # above the threads used: something else was running
+    }
+    path = out / f"{record['date'][:10]}-{name}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | {"results": results}, indent=1, allow_nan=False) + "\n")
+    print(f"{table(rows)}\n{path}", flush=True)
+    return path
+
+
+def _figure(value: float, digits: int = 3) -> str:
+    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, decimals)}f}"
+
+
+def _cell(value: object) -> str:
+    return _figure(value) if isinstance(value, float) else str(value)

@@ -44,7 +44,7 @@ PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
 # What a resumed run may do otherwise than before: how long, where, what it says and keeps. A section means all of it.
 MAY_DIFFER = (
     *("episodes", "run_dir", "device", "timeout_seconds", "max_minutes", "nonfinite", "checkpoint"),
-    *("log_every", "eval_every", "check_every", "data.root", "data.cache"),
+    *("log_every", "eval_every", "check_every", "snapshot_every", "data.root", "data.cache"),
     *("data.resident_limit_gib", "data.workers", "data.verify"),
 )
 _FILES = TypeAdapter(dict[str, StoredFile])

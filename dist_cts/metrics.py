@@ -82,7 +82,13 @@ class Metrics:
             self.file.close()
 
     def _write(self, progress: Progress, **values: float | str) -> None:
-        record = {"step": progress.step, "episode": progress.episode, "inner_step": progress.inner_step, **values}
+        record = {
+            "step": progress.step,  # of each task
+            "cumulative_inner_steps": progress.step * len(self.tasks),  # of all tasks: the x axis of Figures 6a and 7
+            "episode": progress.episode,
+            "inner_step": progress.inner_step,
+            **values,
+        }
         self.file.write(json.dumps(record) + "\n")
         for key in values.keys() - {"task", "steps_per_second", "rank"}:
             self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)

@@ -71,6 +71,7 @@ class TrainConfig(Config):
     log_every: int = Field(100, gt=0, description="inner steps between two records of metrics.jsonl")
     eval_every: int = Field(0, ge=0, description="inner steps between two tests of each theta; 0: never")
     check_every: int = Field(1000, gt=0, description="inner steps between two comparisons of phi over the ranks")
+    snapshot_every: int = Field(0, ge=0, description="inner steps between two files phi_STEP in snapshots/; 0: never")
     timeout_seconds: float = Field(120, gt=0, description="how long a rank waits for a lost one")
     max_minutes: float = Field(0, ge=0, description="stop with a checkpoint after so long; 0: never")
     inner: InnerConfig = InnerConfig()
@@ -166,6 +167,8 @@ class Run:
             self._test()
         if save or step % config.check_every == 0:
             check_same_bits(self.phi, step)
+        if config.snapshot_every and step % config.snapshot_every == 0:  # before the checkpoint, so that none is lost
+            self._snapshot()
         if save:
             self._save(wait=False)
 
@@ -239,6 +242,29 @@ class Run:
         for result in (result for results in gathered for result in results):
             self.metrics.log_test(self.progress, *result)
 
+    def _snapshot(self) -> None:
+        """phi as it is now, for a meta-test of how far meta-learning has come (the paper's Figure 7)."""
+        if self.placement.rank == 0:
+            path = self.folder / "snapshots" / f"phi_{self.progress.step}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            try:
+                self._export(path)
+            except OSError as error:
+                say(f"no snapshot of step {self.progress.step}: {error}; training goes on")
+
+    def _export(self, path: Path) -> None:
+        config, step = self.config, self.progress.step
+        details = {
+            "model": config.model.name,
+            "width": config.model.width,
+            "algorithm": config.algorithm,
+            "step": step,
+            "tasks": len(self.names),
+            "cumulative_inner_steps": step * len(self.names),
+        }
+        named = {name: view.contiguous() for name, view in self.layout.views(self.phi.cpu()).items()}
+        export_phi(path, named, {key: str(value) for key, value in details.items()})
+
     def _save(self, wait: bool) -> bool:
         return self.checkpoints.save(self.progress.step, self.phi, self.layout, self.learners, self.config, wait=wait)
 
@@ -252,9 +278,7 @@ class Run:
             learner.batches.close()
         phi = self.folder / "phi.safetensors"
         if self.placement.rank == 0:
-            named = {name: view.contiguous() for name, view in self.layout.views(self.phi.cpu()).items()}
-            details = {"model": self.config.model.name, "width": str(self.config.model.width)}
-            export_phi(phi, named, details | {"step": str(self.progress.step), "algorithm": self.config.algorithm})
+            self._export(phi)
         dist.barrier()
         if finished:
             say(f"done: {self.progress.step} steps, phi is in {phi}")

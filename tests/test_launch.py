@@ -132,7 +132,7 @@ def assert_equal(first, second):
 
 
 def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_path):
-    code, _, err = run("train.py", "--config", config, "eval_every=10", ranks=2)
+    code, _, err = run("train.py", "--config", config, "eval_every=10", "snapshot_every=5", ranks=2)
     assert code == 0, err
     folder = tmp_path / "run"
     assert "cts: 1 gradient evaluations a task for each update of phi" in err
@@ -145,6 +145,7 @@ def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_pa
         (step, step // 5, 5, task) for step in (5, 10) for task in "abcd"
     ]
     assert all(r["steps_per_second"] > 0 and r["wait_seconds"] >= 0 and 0 <= r["accuracy"] <= 1 for r in train)
+    assert all(record["cumulative_inner_steps"] == 4 * record["step"] for record in records(folder))
     tested = {record["task"] for record in records(folder) if "test_accuracy" in record}
     assert tested == set("abcd")
     assert list((folder / "tensorboard").iterdir())
@@ -152,6 +153,12 @@ def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_pa
     missing, unexpected = model.load_state_dict(phi(folder), strict=False)
     assert unexpected == []
     assert {name for name in missing if "running" not in name and "num_batches" not in name} == {"fc.weight", "fc.bias"}
+    half, end = (safetensors.safe_open(folder / "snapshots" / f"phi_{step}.safetensors", "pt") for step in (5, 10))
+    assert half.metadata() == {
+        "model": "tiny", "width": "1.0", "algorithm": "cts", "step": "5", "tasks": "4", "cumulative_inner_steps": "20",
+    }  # fmt: skip
+    assert not torch.equal(half.get_tensor("conv1.weight"), end.get_tensor("conv1.weight"))
+    assert torch.equal(phi(folder)["conv1.weight"], end.get_tensor("conv1.weight"))
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["world_size"] == 2
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
@@ -168,7 +175,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(run, config
 def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_the_same_bits(
     run, start, config, tmp_path
 ):
-    keys = ["episodes=4000", "log_every=50", "checkpoint.every_steps=0", "reduction=ordered"]
+    keys = ["episodes=4000", "log_every=50", "checkpoint.every_steps=0", "reduction=ordered", "snapshot_every=25"]
     process = start("train.py", "--config", config, *keys)
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not records(tmp_path / "run"):
         assert process.running(), process.finish()
@@ -185,6 +192,11 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
     code, _, err = run("train.py", "--config", config, *keys, f"run_dir={tmp_path / 'whole'}", ranks=2)
     assert code == 0, err
     assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
+    names = {f"phi_{step}.safetensors" for step in range(25, end + 1, 25)}
+    for folder in (tmp_path / "run" / "snapshots", tmp_path / "whole" / "snapshots"):
+        assert {path.name for path in folder.iterdir()} == names
+    for name in names:
+        assert_equal(*(safetensors.torch.load_file(tmp_path / run / "snapshots" / name) for run in ("run", "whole")))
 
 
 @pytest.mark.parametrize(

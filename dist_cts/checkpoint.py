@@ -253,7 +253,7 @@ class Checkpoints:
     def _files_of_others(self, temporary: Path) -> dict[str, StoredFile]:
         """The other ranks' lists, as soon as each is there."""
         deadline, files = time.monotonic() + PATIENCE, {}
-        for rank in range(self.placement.data_ranks, self.placement.world_size, self.placement.data_ranks):
+        for rank in sorted({ranks[0] for ranks in self.placement.seats} - {0}):
             listed, failed = temporary / f"rank-{rank}.json", temporary / f"rank-{rank}.failed"
             while not listed.exists():
                 if failed.exists():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dist_cts.distributed import Placement, place
+from dist_cts.distributed import Placement
 from dist_cts.meta_train import Progress
 from dist_cts.reducer import Control
 
@@ -31,7 +31,7 @@ class Metrics:
     def __init__(self, folder: Path, tasks: list[str], placement: Placement, progress: Progress, steps: int) -> None:
         """`steps`: the inner steps of the whole run, for the progress bar; `progress` says how many are done."""
         self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
-        self.ranks = [_first_rank(placement, task) for task in range(len(tasks))]
+        self.ranks = [ranks[0] for ranks in placement.seats]
         self.active = placement.rank == 0
         self._clear()
         if self.active:
@@ -110,8 +110,3 @@ class Metrics:
         self._steps, self._loss, self._accuracy = torch.zeros(3, tasks).unbind()
         self._wait = torch.zeros(self.world_size)
         self._since = time.perf_counter()
-
-
-def _first_rank(placement: Placement, task: int) -> int:
-    world_size = placement.world_size
-    return next(r for r in range(world_size) if task in place(placement.tasks, world_size, r).local_tasks)

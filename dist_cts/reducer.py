@@ -1,5 +1,6 @@
 """The one collective of a meta-step: mean meta-gradient over tasks, with a control tail behind it."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -41,7 +42,7 @@ class MetaReducer:
     The buffer is the sum over this rank's learners and, behind it, the tail: stop request, step, wait seconds [W] and
     four rows [4, T] of steps, loss, accuracy and non-finite flags. So stopping, NaN and desync are agreed on at the
     same step everywhere at no extra cost. `ordered` gathers the T vectors and adds them in task order: the same bits
-    for any number of ranks, for W times the memory.
+    on any placement that gives each task one rank, for W times the memory.
     """
 
     def __init__(
@@ -51,10 +52,16 @@ class MetaReducer:
         tasks, world_size = placement.tasks, placement.world_size
         self.numel = numel = phi.numel()
         self.learners, self.placement, self.reduction = learners, placement, reduction
-        self.rows = -(-tasks // world_size) if reduction == "ordered" else 1
+        taken = Counter[int]()
+        self.places: list[tuple[int, int]] = []  # of each task, with `ordered`: its first rank, and the row there
+        for first, *_ in placement.seats:
+            self.places.append((first, taken[first]))
+            taken[first] += 1
+        self.rows = max(taken.values()) if reduction == "ordered" else 1
         self.buffer = phi.new_zeros(self.rows * numel + 2 + world_size + 4 * tasks)
         self.vectors = self.buffer[: self.rows * numel].view(self.rows, numel)
         self.tail = self.buffer[self.rows * numel :]
+        self.zero = phi.new_zeros(())
         self.stop_requested = False
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._received: list[Control] = []
@@ -65,7 +72,7 @@ class MetaReducer:
         `gradients` yields one vector [N] for each local learner, in order. A non-finite one counts as zero and raises
         its task's flag. Every rank calls this at the same `step`.
         """
-        if self.placement.contributes:
+        if self.placement.contributes:  # of a data group, whose ranks hold the same bits, the first
             for row, (gradient, learner) in enumerate(zip(gradients, self.learners, strict=True)):
                 self._add(row, gradient, learner)
         else:
@@ -79,9 +86,8 @@ class MetaReducer:
         dist.all_gather_into_tensor(gathered.view(-1), self.buffer)
         self._send(gathered[:, self.rows * self.numel :].sum(0), step)
         total = self.vectors[0].zero_()
-        for rank in range(0, self.placement.world_size, self.placement.data_ranks):
-            for row in range(self._local_tasks(rank)):
-                total += gathered[rank, row * self.numel : (row + 1) * self.numel]
+        for rank, row in self.places:
+            total += gathered[rank, row * self.numel : (row + 1) * self.numel]
         return total.div_(self.placement.tasks)
 
     def exchange(self, step: int) -> None:
@@ -104,19 +110,14 @@ class MetaReducer:
         received, self._received = self._received, []
         return received
 
-    def _local_tasks(self, rank: int) -> int:
-        tasks, world_size = self.placement.tasks, self.placement.world_size
-        return max(1, (rank + 1) * tasks // world_size - rank * tasks // world_size)
-
     def _add(self, row: int, gradient: Tensor, learner: "TaskLearner") -> None:
         # The sum is finite unless an element is not; no value comes back to the host.
         finite = torch.isfinite(gradient.sum())
         learner.flag_nonfinite(~finite)
-        kept = torch.where(finite, gradient, 0.0)
         if self.reduction == "ordered" or row == 0:
-            self.vectors[row if self.reduction == "ordered" else 0].copy_(kept)
+            torch.where(finite, gradient, self.zero, out=self.vectors[row])
         else:
-            self.vectors[0].add_(kept)
+            self.vectors[0] += torch.where(finite, gradient, self.zero)
 
     def _pack(self, step: int) -> None:
         placement, tail = self.placement, self.tail

@@ -212,7 +212,7 @@ class Run:
         return TaskLearner(task.name, model, head, batches, config.inner, reset=config.reset, autocast=autocast)
 
     def _join_data_groups(self) -> None:
-        group = data_group(self.placement, self.device)
+        group = data_group(self.placement, self.config.timeout_seconds)
         for learner in self.learners:
             learner.data_group = group
             learner.model = synchronise(learner.model, group)

@@ -271,7 +271,7 @@ def imaml_in_a_data_group(rank):
     from dist_cts.distributed import data_group
 
     learner = make_learners([0])[0]
-    learner.data_group = data_group(place(1, 2, rank), torch.device("cpu"))
+    learner.data_group = data_group(place(1, 2, rank))
     try:
         ALGORITHMS["imaml"].begin(learner)
     except ValueError as error:

@@ -57,7 +57,7 @@ def start(rank, world_size, folder, config=None, warn=print):
     """A run at step 0 with all objects new, as in a new process."""
     config = config or RunConfig()
     placement = place(config.tasks, world_size, rank)
-    group = data_group(placement, torch.device("cpu"))
+    group = data_group(placement)
     learners = []
     for task in placement.local_tasks:
         model, head = models.build(TINY, 3 + task, "head", task)

@@ -26,7 +26,9 @@ def test_more_ranks_than_tasks_share_a_task_in_neighbouring_groups():
 
 
 def test_a_world_size_that_fits_no_layout_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"4 tasks do not fit on 6 ranks: start at most 4 ranks, .* such as 4 or 8"):
+    with pytest.raises(
+        ValueError, match=r"4 tasks do not fit evenly on 6 ranks: start at most 4 ranks, .* such as 4 or 8"
+    ):
         place(4, 6, 0)
 
 

@@ -44,7 +44,7 @@ def phi_zero():
 def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext):
     """phi after M episodes on this rank; the loop runs inside `watch()`."""
     placement = place(tasks, world_size, rank)
-    group = data_group(placement, torch.device("cpu"))
+    group = data_group(placement)
     learners = []
     for task in placement.local_tasks:
         model, head = make_model(task)

@@ -5,7 +5,6 @@ python benchmarks/compare_runs.py runs/a runs/b --meta-test runs/m/meta_test.jso
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -14,19 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from dist_cts.meta_test import draw_bars, start_colours
-
-
-def losses(run: Path) -> tuple[list[int], list[float]]:
-    """Cumulative inner steps, summed over the tasks, and the mean loss over tasks at each record."""
-    by_step: dict[int, dict[str, float]] = defaultdict(dict)
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "loss" in record:
-            by_step[record["step"]][record["task"]] = record["loss"]
-    steps = sorted(by_step)
-    return [step * len(by_step[step]) for step in steps], [
-        sum(by_step[step].values()) / len(by_step[step]) for step in steps
-    ]
+from dist_cts.metrics import task_average_loss
 
 
 def main() -> None:
@@ -39,7 +26,7 @@ def main() -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     colours = start_colours(summary)
     for run in args.runs:
-        left.plot(*losses(run), label=run.name, color=colours.get(run.name))
+        left.plot(*task_average_loss(run), label=run.name, color=colours.get(run.name))
     left.locator_params(axis="x", nbins=5)
     left.set_xlabel("cumulative inner steps, all tasks")
     left.set_ylabel("task-average training loss")

@@ -8,15 +8,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
-import safetensors.torch
-import torch
 import torch.distributed as dist
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dist_cts.checkpoint_files import (
@@ -24,7 +20,6 @@ from dist_cts.checkpoint_files import (
     Manifest,
     State,
     StoredFile,
-    check_finite,
     fsync_folder,
     read_manifest,
     read_state,
@@ -291,39 +286,6 @@ def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any], may_diff
         if (key in before, before.get(key)) != (key in after, after.get(key))
         and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
     ]
-
-
-def export_phi(path: Path, named: State, metadata: Mapping[str, str]) -> None:
-    """Writes phi's named tensors as safetensors; at every moment the file is the old one or the new one.
-
-    Raises:
-        ValueError: a tensor is not finite.
-    """
-    check_finite(path.name, named)
-    replace_file(path, safetensors.torch.save(to_host(named, {}), dict(metadata)))
-
-
-def load_phi(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors file, or of a PyTorch state dict (.pt, .pth), on the CPU. Executes nothing.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is torn, or holds something else than named tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"{path}: expected a .safetensors file, or a state dict (.pt, .pth)")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: torn, or not a file of named tensors ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state dict, which holds named tensors and nothing else")
-    return dict(state)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,14 +18,14 @@ from scipy import stats
 from tqdm import tqdm
 
 from dist_cts import models
-from dist_cts.checkpoint import load_phi
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
 from dist_cts.distributed import pick_device, process_group, together
 from dist_cts.exit_codes import DONE
-from dist_cts.flat import load_named
+from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
 from dist_cts.models import ModelConfig
+from dist_cts.phi_files import load_phi, phi_metadata
 from dist_cts.seeds import hashed_seed
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ class Job:
 
     target: str
     start: str
-    phi: str | None  # path of the start's phi; None: random initialization
+    phi: str | None  # what load_phi takes; None: random initialization
     seed: int
 
 
 def meta_test(config: MetaTestConfig, phis: dict[str, str]) -> int:
     """Runs every job that is not done yet, on all ranks of torchrun or alone, and reports; gives the exit code.
 
-    `phis`: a path for every named start. Writes meta_test.json, meta_test.md and meta_test.png to `config.out`.
+    `phis`: what `load_phi` takes, for every start's name. Writes meta_test.json, .md and .png to `config.out`.
 
     Raises:
         ValueError, FileNotFoundError: a phi or a target is missing or does not fit the model.
@@ -89,14 +89,15 @@ def meta_test(config: MetaTestConfig, phis: dict[str, str]) -> int:
         with together():
             for target in config.targets:
                 open_task(config.data.root / target, "test", config.data, device)
+            layout = FlatParams(*models.build(config.model, 1, "fits")).body_layout
             for phi in phis.values():
-                load_phi(Path(phi))
+                load_named(layout, torch.zeros(layout.numel), load_phi(phi), phi)
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
                 accuracy = run_once(config, job, device)["curve"][-1]["accuracy"]
                 tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {100 * accuracy:.1f} %", file=sys.stderr)
         dist.barrier()
         if rank == 0:
-            report(config, [run_once(config, job, device) for job in jobs])
+            report(config, phis, [run_once(config, job, device) for job in jobs])
         dist.barrier()
     return DONE
 
@@ -130,7 +131,7 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
     autocast = torch.bfloat16 if config.precision == "bf16" else None
     learner = TaskLearner(job.target, model.to(device), head, batches, config.inner, autocast=autocast)
     if job.phi is not None:
-        load_named(learner.flat.body_layout, learner.theta, load_phi(Path(job.phi)), job.phi)
+        load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), job.phi)
     schedule = make_schedule(learner.optimizer, config.schedule, config.steps)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
     curve = []
@@ -167,7 +168,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def report(config: MetaTestConfig, results: list[dict]) -> None:
+def report(config: MetaTestConfig, phis: dict[str, str], results: list[dict]) -> None:
     """Writes meta_test.json, the Markdown table and the bar plot; prints the table."""
     starts = list(dict.fromkeys(result["start"] for result in results))
     summary: dict[str, dict[str, dict]] = {start: {} for start in starts}
@@ -179,7 +180,8 @@ def report(config: MetaTestConfig, results: list[dict]) -> None:
             mean, half = interval(last)
             summary[start][target] = {"accuracy": mean, "ci95": half, "best": interval(best)[0], "seeds": last}
     table = markdown(summary, config.targets)
-    document = {"config": config.model_dump(mode="json"), "summary": summary, "results": results}
+    origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
+    document = {"config": config.model_dump(mode="json"), "starts": origins, "summary": summary, "results": results}
     (config.out / "meta_test.json").write_text(json.dumps(document, indent=1) + "\n")
     (config.out / "meta_test.md").write_text(table)
     plot(summary, config.out / "meta_test.png")
@@ -244,6 +246,7 @@ def draw_bars(axes: "Axes", summary: dict[str, dict[str, dict]]) -> None:
 def _result_path(config: MetaTestConfig, job: Job) -> Path:
     # A result is found again only by a job of the same settings and the same phi, bit for bit.
     settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device"})
-    phi = hashlib.sha256(Path(job.phi).read_bytes()).hexdigest() if job.phi else None
+    file = Path(job.phi or "")
+    phi = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else job.phi
     key = hashlib.sha256(json.dumps([settings, phi], sort_keys=True).encode()).hexdigest()[:12]
     return config.out / "jobs" / f"{job.target}--{job.start}--{job.seed}--{key}.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_cts import models, run_folder
 from dist_cts.algorithms import ALGORITHMS, MethodConfig, make_algorithm
-from dist_cts.checkpoint import CheckpointConfig, Checkpoints, export_phi, load_phi
+from dist_cts.checkpoint import CheckpointConfig, Checkpoints
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
 from dist_cts.distributed import (
@@ -33,6 +33,7 @@ from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner
 from dist_cts.meta_train import meta_train
 from dist_cts.metrics import Metrics, say
 from dist_cts.models import ModelConfig
+from dist_cts.phi_files import SNAPSHOTS, export_phi, load_phi
 from dist_cts.progress import Progress
 from dist_cts.reducer import Control, MetaReducer, Reduction
 from dist_cts.sync_batch_norm import synchronise
@@ -59,8 +60,8 @@ class TrainConfig(Config):
     tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
     batch_size: int = Field(128, gt=0, description="images of one task in one inner step")
     seed: int = Field(0, description="phi_0, the heads and every sample follow from it")
-    init: Path | None = Field(
-        None, description="phi_0 from this .safetensors or .pth, its head dropped; default: the seed"
+    init: str | None = Field(
+        None, description="phi_0: a .safetensors or .pth, or torchvision's ResNet18_Weights.X; default: from the seed"
     )
     run_dir: Path | None = Field(None, description="the run's folder; default runs/NAME of the config file")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
@@ -223,7 +224,7 @@ class Run:
         phi = torch.zeros(self.layout.numel, dtype=self.layout.dtype, device=self.device)
         with together():
             if self.placement.rank == 0 and config.init is not None:
-                load_named(self.layout, phi, load_phi(config.init), str(config.init))
+                load_named(self.layout, phi, load_phi(config.init), config.init)
             elif self.placement.rank == 0:
                 load_named(self.layout, phi, models.build(config.model, 1, config.seed, "phi")[0].state_dict())
         dist.broadcast(phi, 0)
@@ -245,7 +246,7 @@ class Run:
     def _snapshot(self) -> None:
         """phi as it is now, for a meta-test of how far meta-learning has come (the paper's Figure 7)."""
         if self.placement.rank == 0:
-            path = self.folder / "snapshots" / f"phi_{self.progress.step}.safetensors"
+            path = self.folder / SNAPSHOTS / f"phi_{self.progress.step}.safetensors"
             path.parent.mkdir(exist_ok=True)
             try:
                 self._export(path)

@@ -10,6 +10,7 @@ examples:
   python launch/meta_test.py --config configs/demo_meta_test.yaml --phi cts=runs/a/phi.safetensors \\
     --phi reptile=runs/b/phi.safetensors seeds=5
   torchrun --standalone --nproc_per_node=2 launch/meta_test.py ...              (the jobs spread over the ranks)
+  ... --phi cts=runs/a/snapshots                                  (a curve along meta-training: starts cts@STEP)
 
 An interrupted call goes on where it stopped. Exit codes: 0 done, 1 error, 2 bad usage or config.
 
@@ -17,13 +18,8 @@ config keys and their defaults:
 """
 
 
-PHI = "a start, repeat for more; NAME stands in the tables (default: its run folder's name)"
-
-
-def named_phi(text: str) -> tuple[str, str]:
-    """NAME=FILE, or FILE alone, whose run folder's name it then gets."""
-    name, separator, path = text.rpartition("=")
-    return (name, path) if separator else (Path(path).resolve().parent.name, path)
+PHI = """a start, repeat for more: a .safetensors or .pth, a run's folder of snapshots, or torchvision's
+ResNet18_Weights.IMAGENET1K_V1; NAME stands in the tables (default: the run folder's name)"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file with what differs from the defaults")
-    parser.add_argument("--phi", type=named_phi, action="append", default=[], metavar="[NAME=]FILE", help=PHI)
+    parser.add_argument("--phi", action="append", default=[], metavar="[NAME=]SOURCE", help=PHI)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         from dist_cts import config, meta_test
@@ -41,13 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.epilog = EPILOG + "\n".join(config.describe(meta_test.MetaTestConfig))
     args = parser.parse_intermixed_args(arguments)
 
-    from dist_cts import config, meta_test
+    from dist_cts import config, meta_test, phi_files
     from dist_cts.exit_codes import finish
 
     def command() -> int:
         settings = config.load(meta_test.MetaTestConfig, args.config, args.overrides)
-        beside = Path(args.phi[0][1]).parent / "meta_test" if args.phi else Path("runs") / args.config.stem
-        return meta_test.meta_test(settings.model_copy(update={"out": settings.out or beside}), dict(args.phi))
+        starts = phi_files.named_starts(args.phi)
+        files = [path for path in map(Path, starts.values()) if path.is_file()]
+        beside = phi_files.run_folder(files[0]) / "meta_test" if files else Path("runs") / args.config.stem
+        return meta_test.meta_test(settings.model_copy(update={"out": settings.out or beside}), starts)
 
     return finish(command)
 

@@ -3,7 +3,6 @@
 import copy
 import errno
 import os
-import pickle
 import shutil
 import subprocess
 import threading
@@ -22,8 +21,6 @@ from dist_cts.checkpoint import (
     CheckpointConfig,
     Checkpoints,
     config_difference,
-    export_phi,
-    load_phi,
 )
 from dist_cts.checkpoint_files import MANIFEST, PHI, read_manifest, task_file
 from dist_cts.config import Config
@@ -32,6 +29,7 @@ from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import Progress, meta_train
 from dist_cts.models import ModelConfig
+from dist_cts.phi_files import export_phi, load_phi
 from dist_cts.reducer import MetaReducer
 from dist_cts.run import TrainConfig
 from dist_cts.sync_batch_norm import synchronise
@@ -619,63 +617,3 @@ def test_the_phi_of_a_checkpoint_and_an_exported_phi_are_read_alike(alone, two_c
     export_phi(tmp_path / "phi.safetensors", named, {"step": "4"})
     assert differing(load_phi(tmp_path / "phi.safetensors"), named) == []
     assert [path.name for path in tmp_path.iterdir()] == ["phi.safetensors"]
-
-
-def test_an_export_that_fails_leaves_the_old_phi(tmp_path, monkeypatch):
-    path = tmp_path / "phi.safetensors"
-    export_phi(path, {"w": torch.ones(3)}, {})
-    with pytest.raises(ValueError, match="not finite"):
-        export_phi(path, {"w": torch.tensor([1.0, float("inf")])}, {})
-
-    def fails(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OSError, match="No space"):
-        export_phi(path, {"w": torch.zeros(3)}, {})
-    assert torch.equal(load_phi(path)["w"], torch.ones(3))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_load_phi_says_in_one_line_what_is_wrong(tmp_path):
-    whole = tmp_path / "whole.safetensors"
-    export_phi(whole, {"w": torch.arange(1000.0)}, {})
-    torch.save({"w": torch.arange(1000.0)}, tmp_path / "whole.pth")
-    assert torch.equal(load_phi(tmp_path / "whole.pth")["w"], torch.arange(1000.0))
-
-    torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({"epoch": 3, "w": torch.ones(1)}, tmp_path / "mixed.pt")
-    (tmp_path / "text.safetensors").write_text("not tensors")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "phi.npz").write_bytes(b"")
-    for size in (0, 4, 8, 40, 500, whole.stat().st_size - 1):
-        (tmp_path / f"torn-{size}.safetensors").write_bytes(whole.read_bytes()[:size])
-        (tmp_path / f"torn-{size}.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:size])
-    wrong = [path for path in tmp_path.iterdir() if not path.name.startswith("whole")]
-    assert len(wrong) == 17
-    for path in wrong:
-        with pytest.raises(ValueError, match=r"expected|torn") as error:
-            load_phi(path)
-        assert "\n" not in str(error.value)
-        assert str(error.value).startswith(f"{path}: ")
-    for missing in (tmp_path / "missing.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no such file"):
-            load_phi(missing)
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_loading_a_phi_executes_nothing(tmp_path):
-    torch.save({"w": Touch(tmp_path / "zip")}, tmp_path / "evil.pth")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"w": Touch(tmp_path / "plain")}, protocol=2))
-    for name in ("evil.pth", "plain.pt"):
-        with pytest.raises(ValueError, match="torn, or not a file of named tensors"):
-            load_phi(tmp_path / name)
-    assert not (tmp_path / "zip").exists()
-    assert not (tmp_path / "plain").exists()

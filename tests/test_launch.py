@@ -205,6 +205,7 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
         (["innr.lr=1"], 2, "unknown key 'innr'; did you mean 'inner'?"),
         (["batch_size=x"], 2, "'batch_size' is 'x': Input should be a valid integer"),
         (["algorithm=maml"], 2, "algorithm='maml': choose one of cts"),
+        (["init=ResNet18_Weights.BEST"], 2, "torchvision has no weights ResNet18_Weights.BEST; see"),
         (["model.name=vgg"], 2, "model.name='vgg': choose one of resnet20"),
         (["tasks=[a, nothere]"], 2, "nothere/train.beton: there is no such file"),
         (["tasks=[{name: a, classes: 7}]"], 2, "task a: 7 classes configured, "),
@@ -313,6 +314,7 @@ def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, ta
     result = json.loads((tmp_path / "run" / "meta_test" / "meta_test.json").read_text())
     assert set(result["summary"]) == {"random", "ours"}
     assert len(result["results"]) == 2 * 2 * 2
+    assert result["starts"]["ours"]["cumulative_inner_steps"] == "40"
     assert {point["step"] for r in result["results"] for point in r["curve"]} == {3, 6}
     # Every one of the 60 test images counts: accuracies are multiples of 1 / 60, and not all of 1 / 56.
     accuracies = [point["accuracy"] * 60 for r in result["results"] for point in r["curve"]]

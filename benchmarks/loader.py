@@ -1,0 +1,227 @@
+"""Loaders on one task: bare FFCV, our streamed and resident sources, torchvision; see --help."""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import learners
+import numpy as np
+import report
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from dist_cts.data import augment, beton, embedded
+from dist_cts.data.batches import DataConfig, TaskBatches, open_task
+from dist_cts.data.plan import default_padding
+
+EPILOG = """\
+stages, both on the device:
+  decoded    uint8 images, as they are stored
+  augmented  random crop, flip and normalisation: what a model takes
+loaders, each with --workers threads (torchvision: processes), shuffling, taking turns:
+  ffcv         ffcv.loader.Loader; its own flip and translation where augmented
+  streamed     ours, decoded by FFCV and augmented on the device
+  resident     ours, gathered from device memory and augmented there
+  torchvision  ImageFolder of the same images as PNG, and DataLoader
+A first batch is timed in a process of its own, from opening the file (and importing FFCV) on. CPU time counts all
+threads and workers of one rank.
+
+  python benchmarks/loader.py --data data/tasks/tiny-imagenet-0-100
+"""
+LOADERS, STAGES = ("ffcv", "streamed", "resident", "torchvision"), ("decoded", "augmented")
+COPIES = 16  # of the embedded images, so that an epoch of FFCV is not over at once
+
+
+def open_loader(
+    task: Path, loader: str, stage: str, batch_size: int, workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Batches without end; decoded ones are uint8 [B, P, P, 3] (torchvision: [B, 3, P, P])."""
+    if loader == "ffcv":
+        return bare_ffcv(task, stage, batch_size, workers, device)
+    if loader == "torchvision":
+        return torchvision_folder(task, stage, batch_size, workers, device)
+    config = DataConfig(cache={"streamed": "stream", "resident": "device"}[loader], workers=workers, verify=False)
+    batches = TaskBatches(open_task(task, "train", config, device), 0, batch_size, config)
+    if stage == "augmented":
+        return (batches.next()[0] for _ in itertools.count())
+    return decoded(batches, batch_size)
+
+
+def decoded(batches: TaskBatches, batch_size: int) -> Iterator[Tensor]:
+    """The plan's images as their source gives them."""
+
+    def rows() -> Iterator[np.ndarray]:
+        for start in itertools.count(0, 256):
+            yield from batches.plan.stretch(start, 256).index
+
+    feed = batches.source.feed(rows(), batch_size)
+    for row in rows():
+        yield feed.take(torch.from_numpy(row).to(batches.source.device))
+
+
+def bare_ffcv(task: Path, stage: str, batch_size: int, workers: int, device: torch.device) -> Iterator[Tensor]:
+    beton.import_ffcv()
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, RandomTranslate
+
+    pixels = beton.read_manifest(task / "train.beton").pixels
+    transforms = [RandomHorizontalFlip(), RandomTranslate(default_padding(pixels))] if stage == "augmented" else []
+    loader = Loader(
+        str(task / "train.beton"),
+        batch_size,
+        workers,
+        order=OrderOption.RANDOM,
+        pipelines={"image": [SimpleRGBImageDecoder(), *transforms], "label": None},
+    )
+    half = torch.full((3,), 0.5, device=device)
+    for (images,) in itertools.chain.from_iterable(itertools.repeat(loader)):
+        batch = torch.from_numpy(images).to(device)
+        yield augment.normalise(batch, half, half) if stage == "augmented" else batch
+
+
+def torchvision_folder(task: Path, stage: str, batch_size: int, workers: int, device: torch.device) -> Iterator[Tensor]:
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    pixels = beton.read_manifest(task / "train.beton").pixels
+    if stage == "augmented":
+        crop = transforms.RandomCrop(pixels, default_padding(pixels))
+        half = (0.5, 0.5, 0.5)
+        steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(half, half)]
+    else:
+        steps = [transforms.PILToTensor()]
+    images = ImageFolder(task / "png", transforms.Compose(steps))
+    endless = RandomSampler(images, replacement=True, num_samples=10**9)
+    loader = DataLoader(images, batch_size, sampler=endless, num_workers=workers, pin_memory=device.type == "cuda")
+    for batch, _ in loader:
+        yield batch.to(device, non_blocking=True)
+
+
+def write_png(task: Path, limit: int = 2000) -> None:
+    """Some of the task's images as torchvision's ImageFolder reads them."""
+    source = open_task(task, "train", DataConfig(cache="device", verify=False), torch.device("cpu"))
+    for index in range(min(limit, source.manifest.count)):
+        path = task / "png" / str(source.labels[index]) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.images[index].numpy()).save(path)
+
+
+def first_batch(device: torch.device, make: Callable[..., Iterator[Tensor]]) -> float:
+    """Seconds until a loader gives its first batch."""
+    started = time.perf_counter()
+    next(make(device=device))
+    learners.synchronise(device)
+    return time.perf_counter() - started
+
+
+def rates(device: torch.device, makers: dict[str, Callable[..., Iterator[Tensor]]], rounds: int, block: float) -> dict:
+    """Batches, and seconds and CPU seconds of each round, in which all ranks take them; `block`: seconds to aim at."""
+    loaders = {name: make(device=device) for name, make in makers.items()}
+    results: dict[str, dict] = {}
+    for name, loader in loaders.items():
+        for _ in range(8):  # more than any of them has ready in advance
+            next(loader)
+        started, taken = time.perf_counter(), 0
+        while time.perf_counter() - started < block / 2:
+            next(loader)
+            taken += 1
+        batches = torch.tensor(2 * taken, device=device)
+        dist.broadcast(batches, 0)
+        results[name] = {"batches": int(batches), "cpu_seconds": []}
+
+    def take(name: str) -> None:
+        started, loader = cpu_seconds(), loaders[name]
+        for _ in range(results[name]["batches"]):
+            next(loader)
+        learners.synchronise(device)
+        dist.barrier()
+        results[name]["cpu_seconds"].append(cpu_seconds() - started)
+
+    seconds = report.alternate({name: partial(take, name) for name in loaders}, rounds)
+    for name, result in results.items():
+        result["seconds"] = seconds[name]
+        result["cpu_seconds"] = result["cpu_seconds"][-rounds:]
+    return results
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its living children."""
+    total = time.process_time()
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        user, system = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def embedded_task(folder: Path, copies: int) -> Path:
+    """The embedded task `icons` (24 classes, RGB, 32 px), every image several times."""
+    split, _ = embedded.make("icons")
+    images, labels = np.tile(split.images, (copies, 1, 1, 1)), np.tile(split.labels, copies)
+    beton.write(folder / "train", images, labels, split.class_names, pixels=images.shape[1], source="icons")
+    return folder
+
+
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.epilog = EPILOG
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that load at the same time (default 1)")
+    parser.add_argument("--data", type=Path, help="a prepared task's folder; default: embedded images of 32 px")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=1, help="of every loader and rank (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a loader's turn, about (default %(default)s)")
+    args = parser.parse_args()
+    stages, copies = STAGES, COPIES
+    if args.quick:
+        stages, copies, args.rounds, args.seconds = STAGES[:1], 1, 2, 0.1
+    results, rows = {}, []
+    with tempfile.TemporaryDirectory() as scratch:
+        task = Path(scratch) / "task"
+        if args.data is None:
+            embedded_task(task, copies)
+        else:
+            task.mkdir()
+            for name in ("train.beton", "train.json"):
+                (task / name).symlink_to((args.data / name).resolve())
+        write_png(task)
+        for stage in stages:
+            makers = {
+                name: partial(open_loader, task, name, stage, batch_size=args.batch_size, workers=args.workers)
+                for name in LOADERS
+            }
+            measured = learners.on_ranks(args.world_size, args.device, rates, makers, args.rounds, args.seconds)
+            for name in () if args.quick else LOADERS:
+                measured[name]["first_batch_seconds"] = learners.on_ranks(1, args.device, first_batch, makers[name])
+            results[stage] = measured
+            rows += table_rows(stage, measured, args.batch_size, args.world_size)
+    results["data"] = str(args.data or "embedded: icons")
+    report.publish("loader", results, rows, args.out, args.device, args.world_size)
+
+
+def table_rows(stage: str, measured: dict, batch_size: int, world_size: int) -> Iterator[dict]:
+    """Images a second of all ranks together, CPU time an image, and the ratio to FFCV's rate in the same round."""
+    rates = {}
+    for name, result in measured.items():
+        images = batch_size * result["batches"]
+        rates[name] = [world_size * images / seconds for seconds in result["seconds"]]
+        yield {
+            "stage": stage,
+            "loader": name,
+            "images/s": report.shown(report.spread(rates[name])),
+            "/ ffcv": report.shown(report.ratio(rates[name], rates["ffcv"])),
+            "CPU µs an image": report.shown(report.spread([1e6 * s / images for s in result["cpu_seconds"]])),
+            "s to first batch": result.get("first_batch_seconds", "-"),
+        }
+
+
+if __name__ == "__main__":
+    main()

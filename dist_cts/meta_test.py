@@ -177,8 +177,9 @@ def report(config: MetaTestConfig, phis: dict[str, str], results: list[dict]) ->
             curves = [r["curve"] for r in results if (r["start"], r["target"]) == (start, target)]
             last = [100 * curve[-1]["accuracy"] for curve in curves]
             best = [100 * max(point["accuracy"] for point in curve) for curve in curves]
-            mean, half = interval(last)
-            summary[start][target] = {"accuracy": mean, "ci95": half, "best": interval(best)[0], "seeds": last}
+            (mean, half), (best_mean, best_half) = interval(last), interval(best)
+            summary[start][target] = {"accuracy": mean, "ci95": half, "best": best_mean, "best_ci95": best_half}
+            summary[start][target] |= {"seeds": last, "best_seeds": best}
     table = markdown(summary, config.targets)
     origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
     document = {"config": config.model_dump(mode="json"), "starts": origins, "summary": summary, "results": results}

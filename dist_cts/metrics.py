@@ -84,7 +84,7 @@ class Metrics:
     def _write(self, progress: Progress, **values: float | str) -> None:
         record = {
             "step": progress.step,  # of each task
-            "cumulative_inner_steps": progress.step * len(self.tasks),  # of all tasks: the x axis of Figures 6a and 7
+            "cumulative_inner_steps": progress.step * len(self.tasks),  # of all tasks together
             "episode": progress.episode,
             "inner_step": progress.inner_step,
             **values,

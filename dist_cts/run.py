@@ -63,7 +63,7 @@ class TrainConfig(Config):
     init: str | None = Field(
         None, description="phi_0: a .safetensors or .pth, or torchvision's ResNet18_Weights.X; default: from the seed"
     )
-    run_dir: Path | None = Field(None, description="the run's folder; default runs/NAME of the config file")
+    run_dir: Path | None = Field(None, description="the run's folder; default runs/ + the config's path below configs/")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; theta, phi, the mean stay fp32")
     channels_last: bool = Field(False, description="memory format of images and weights")

@@ -17,6 +17,17 @@ config keys and their defaults:
 """
 
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def default_run_dir(config: Path) -> Path:
+    """runs/ and the config's path below configs/, as several folders there have a cts.yaml; elsewhere its name."""
+    path = config.resolve()
+    return Path("runs") / (path.relative_to(CONFIGS) if path.is_relative_to(CONFIGS) else Path(path.name)).with_suffix(
+        ""
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -36,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         settings = config.load(run.TrainConfig, args.config, args.overrides)
-        run_dir = settings.run_dir or Path("runs") / args.config.stem
+        run_dir = settings.run_dir or default_run_dir(args.config)
         return run.train(settings.model_copy(update={"run_dir": run_dir}))
 
     return finish(command)

@@ -1,15 +1,18 @@
 """Configs: strict, and every file in configs/ loads."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dist_cts import config
+from dist_cts.algorithms import make_algorithm
 from dist_cts.meta_test import MetaTestConfig
 from dist_cts.run import TrainConfig
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -22,10 +25,22 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_loads(path):
-    model = MetaTestConfig if "targets" in yaml.safe_load(path.read_text()) else TrainConfig
-    config.load(model, path)
+    if "targets" in yaml.safe_load(path.read_text()):
+        config.load(MetaTestConfig, path)
+        return
+    loaded = config.load(TrainConfig, path)
+    make_algorithm(
+        loaded.algorithm, loaded.method, inner_steps=loaded.inner_steps, meta_lr=loaded.meta_lr, seed=loaded.seed
+    )
+
+
+def test_every_config_has_a_run_folder_of_its_own():
+    default_run_dir = runpy.run_path(str(ROOT / "launch" / "train.py"))["default_run_dir"]
+    assert len({default_run_dir(path) for path in CONFIGS}) == len(CONFIGS)
+    assert default_run_dir(ROOT / "configs" / "paper" / "cts.yaml") == Path("runs/paper/cts")
+    assert default_run_dir(Path("/elsewhere/mine.yaml")) == Path("runs/mine")
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(write):

@@ -322,10 +322,19 @@ def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, ta
     assert (tmp_path / "run" / "meta_test" / "meta_test.png").stat().st_size > 1000
     before = (tmp_path / "run" / "meta_test" / "meta_test.md").read_text()
     jobs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "meta_test" / "jobs").iterdir()}
-    code, again, err = run("meta_test.py", *arguments)  # nothing is left to do
+    for start in result["summary"]:
+        for target in "ab":
+            curves = [r["curve"] for r in result["results"] if (r["start"], r["target"]) == (start, target)]
+            cell = result["summary"][start][target]
+            assert cell["seeds"] == [100 * curve[-1]["accuracy"] for curve in curves]
+            assert cell["best_seeds"] == [100 * max(point["accuracy"] for point in curve) for curve in curves]
+    interrupted = next(iter(jobs))
+    interrupted.unlink()
+    code, again, err = run("meta_test.py", *arguments)  # one job is left to do, and comes out as before
     assert code == 0, err
     assert before in again
-    assert all(path.stat().st_mtime_ns == written for path, written in jobs.items())
+    done_again = [path for path, written in jobs.items() if path.stat().st_mtime_ns != written]
+    assert done_again == [interrupted]
     code, _, err = run("meta_test.py", *arguments, "model.width=2", "random=false")
     assert code == 2
     assert "phi.safetensors does not fit" in err

@@ -104,6 +104,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def finish(device: torch.device, step: Callable[[], object], times: int = 1) -> None:
+    """Takes a step some times and waits until every rank has: the slowest one's time is the time."""
+    for _ in range(times):
+        step()
+    synchronise(device)
+    dist.barrier()
+
+
 def share_cores(world_size: int) -> None:
     """Gives torch this process's share of the cores."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
@@ -112,9 +120,10 @@ def share_cores(world_size: int) -> None:
 def on_ranks(world_size: int, device: str, function: Callable[..., Any], *args: Any) -> Any:
     """What rank 0 returns of function(device, *args), run by `world_size` processes that share a process group.
 
-    Under torchrun, the ranks that it started run it; those above 0 then get None. CPU ranks share this machine's cores.
+    A single rank is this process. Under torchrun, the ranks that it started run it, and those above 0 get None. CPU
+    ranks share this machine's cores.
     """
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or world_size == 1:
         with process_group(picked := pick_device(device), 120):
             result = function(picked, *args)
             return result if dist.get_rank() == 0 else None

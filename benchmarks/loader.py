@@ -1,10 +1,12 @@
 """Loaders on one task: bare FFCV, our streamed and resident sources, torchvision; see --help."""
 
 import itertools
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -138,11 +140,8 @@ def rates(device: torch.device, makers: dict[str, Callable[..., Iterator[Tensor]
         results[name] = {"batches": int(batches), "cpu_seconds": []}
 
     def take(name: str) -> None:
-        started, loader = cpu_seconds(), loaders[name]
-        for _ in range(results[name]["batches"]):
-            next(loader)
-        learners.synchronise(device)
-        dist.barrier()
+        started = cpu_seconds()
+        learners.finish(device, partial(next, loaders[name]), results[name]["batches"])
         results[name]["cpu_seconds"].append(cpu_seconds() - started)
 
     seconds = report.alternate({name: partial(take, name) for name in loaders}, rounds)
@@ -200,7 +199,9 @@ def main() -> None:
             }
             measured = learners.on_ranks(args.world_size, args.device, rates, makers, args.rounds, args.seconds)
             for name in () if args.quick else LOADERS:
-                measured[name]["first_batch_seconds"] = learners.on_ranks(1, args.device, first_batch, makers[name])
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                    seconds = fresh.submit(first_batch, torch.device(args.device), makers[name]).result()
+                measured[name]["first_batch_seconds"] = seconds
             results[stage] = measured
             rows += table_rows(stage, measured, args.batch_size, args.world_size)
     results["data"] = str(args.data or "embedded: icons")

@@ -66,10 +66,7 @@ def measure(device: torch.device, folder: Path, model: str, batch_size: int, sec
     def block(name: str) -> None:
         """BLOCK steps, until the last rank has taken them."""
         started = time.process_time()
-        for _ in range(BLOCK):
-            steps[name]()
-        learners.synchronise(device)
-        dist.barrier()
+        learners.finish(device, steps[name], BLOCK)
         cpu[name].append((time.process_time() - started) / BLOCK)
 
     competitors = {name: partial(block, name) for name in steps}

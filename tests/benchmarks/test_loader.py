@@ -24,8 +24,8 @@ def test_quick_form(tmp_path):
 def test_augmented_batches_are_alike(tmp_path):
     task = learners.noise_task(tmp_path / "noise", pixels=12, count=64)
     loader.write_png(task)
-    for name in ("resident", "torchvision"):
-        images = next(loader.open_loader(task, name, "augmented", 32, 0, torch.device("cpu")))
+    for name, workers in (("resident", 1), ("torchvision", 0)):
+        images = next(loader.open_loader(task, name, "augmented", 32, workers, torch.device("cpu")))
         assert images.shape == (32, 3, 12, 12)
         assert images.dtype == torch.float32
         assert images.min() == -1  # the border

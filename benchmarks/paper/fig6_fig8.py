@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import safetensors
 import torch
+import torch.distributed as dist
 import yaml
 from figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS, SKY, save
 from matplotlib.axes import Axes
@@ -107,6 +108,7 @@ class Study:
                 code = train(load(TrainConfig, self.config, overrides))
             except RunError as error:
                 print(error, file=log)
+                dist.destroy_process_group()  # which a failed run leaves standing, not to wait for lost peers
                 return False
         if code == STOPPED:
             raise KeyboardInterrupt

@@ -1,0 +1,164 @@
+"""A step on 1 ... W ranks here, layouts of 64 and 1,024 ranks tried dry, and larger jobs by a model; see --help."""
+
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import learners
+import report
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_cts import models
+from dist_cts.distributed import data_group, place
+from dist_cts.flat import FlatParams
+from dist_cts.models import ModelConfig
+from dist_cts.sync_batch_norm import synchronise
+
+EPILOG = """\
+measured  a CTS step on 1 ... W ranks with a task each, all with the same number of threads; efficiency is the time of
+          one rank's step over that of W ranks
+dry run   the real loop and reducer as rank 0 of 64 and of 1,024, in one process: torch's fake process group carries
+          nothing, and what would have been sent is counted
+model     NOT a measurement: compute + all-reduce on nodes of 8 GPUs, by the latencies with which NCCL chooses between
+          its ring and its tree (src/graph/tuning.cc, protocol LL128: 1.9 and 1.25 us a hop over NVLink, 4.0 and 8.5 us
+          over InfiniBand, 6.6 and 6.8 us in all) and 370 GB/s of bus bandwidth (published for 8 H100 with NVLink;
+          between nodes one 400 Gb/s port a GPU gives as much). For 8 GPUs it says 29 us at 1.1 MB where 25 to 32 are
+          published, and 236 us at 45 MB where 195 at 34 and 267 at 50 are. No stragglers, and nothing overlaps.
+
+  python benchmarks/scaling.py --world-size 2
+  torchrun --nnodes=2 --nproc_per_node=8 benchmarks/scaling.py --device cuda        (all of its ranks, no smaller jobs)
+"""
+MODELS = ("resnet20", "resnet18")
+NODE = 8  # GPUs
+BANDWIDTH = 370e9  # bytes a second
+
+
+def measured_step(device: torch.device, model: str, batch_size: int, pixels: int, rounds: int, ranks: int) -> dict:
+    """Seconds of each step and of each all-reduce of its buffer, on every rank of this process group."""
+    learners.share_cores(ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        task = learners.noise_task(Path(folder) / "noise", pixels=pixels)
+        cts = learners.MetaTraining([learners.make_learner(task, model, batch_size, device)], dist.get_world_size())
+    zeros = torch.zeros_like(cts.reducer.buffer)
+    competitors = {
+        "step": lambda: learners.finish(device, cts.step),
+        "all_reduce": lambda: learners.finish(device, lambda: dist.all_reduce(zeros)),
+    }
+    return report.alternate(competitors, rounds, warm_up=3)
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives and their bytes, and does as if every peer of the fake group had sent what this rank did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d":
+            assert function.overloadpacket.__name__ == "allreduce_", f"a step with {function}: say what it sends"
+            tensors, group = args[0], dist.ProcessGroup.unbox(args[1])
+            self.collectives += 1
+            for tensor in tensors:
+                self.bytes += tensor.nbytes
+                tensor.mul_(group.size())
+        return result
+
+
+def dry_run(tasks: int, world_size: int, model: str, steps: int = 3) -> dict[str, float]:
+    """Who sits where, and what one rank sends in a step of T tasks on W ranks."""
+    placements = [place(tasks, world_size, rank) for rank in range(world_size)]
+    assert {task for placement in placements for task in placement.local_tasks} == set(range(tasks))
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        task = learners.noise_task(Path(folder) / "noise", pixels=8, count=16)
+        own = [learners.make_learner(task, model, 4, device) for _ in placements[0].local_tasks]
+    group = data_group(placements[0])
+    for learner in own:
+        learner.data_group, learner.model = group, synchronise(learner.model, group)
+    cts = learners.MetaTraining(own, tasks)
+    with Sent() as sent:
+        for _ in range(steps):
+            cts.step()
+    dist.destroy_process_group()
+    return {
+        "tasks": tasks,
+        "ranks": world_size,
+        "tasks a rank": max(len(placement.local_tasks) for placement in placements),
+        "ranks a task": placements[0].data_ranks,
+        "collectives a step": sent.collectives / steps,
+        "bytes a step": sent.bytes / steps,
+        "of which the meta-update's": cts.reducer.buffer.nbytes,
+    }
+
+
+def all_reduce_seconds(size: int, gpus: int) -> dict[str, float]:
+    """Seconds to add up `size` bytes over GPUs on nodes of eight, by NCCL's ring and by its tree."""
+    nodes = math.ceil(gpus / NODE)
+    between = 2 * nodes if nodes > 1 else 0  # of the ring's 2 (W - 1) hops
+    ring = 6.6e-6 + 1.9e-6 * (2 * (gpus - 1) - between) + 4.0e-6 * between
+    tree = 6.8e-6 + 2 * (1.25e-6 * (min(gpus, NODE) - 1) + 8.5e-6 * math.log2(nodes))
+    moving = 2 * (gpus - 1) / gpus * size / BANDWIDTH
+    return {"ring": ring + moving, "tree": tree + moving}
+
+
+def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[str, object]]:
+    """The model's table, with the share of computing in a step for each time that it may take."""
+    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+        seconds = all_reduce_seconds(4 * (numel + 2 + gpus + 4 * gpus), gpus)  # a task a GPU, the control tail behind
+        best = min(seconds, key=seconds.get)
+        row = {"MODEL": name, "GPUs": gpus, "all-reduce ms": 1e3 * seconds[best], "by": best}
+        for compute in compute_ms:
+            row[f"efficiency at {compute:g} ms"] = compute / (compute + row["all-reduce ms"])
+        yield row
+
+
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.epilog = EPILOG
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--world-size", type=int, default=2, help="the most ranks to start (default %(default)s)")
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--pixels", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compute-ms", type=float, nargs="+", default=[1, 10, 100], help="of a step, for the model")
+    args = parser.parse_args()
+    layouts = [(tasks, ranks) for ranks in (64, 1024) for tasks in (ranks // 8, ranks, 4 * ranks)]
+    if args.quick:
+        args.model, args.batch_size, args.pixels, args.rounds, layouts = "tiny", 8, 16, 3, layouts[:2]
+    settings = (args.model, args.batch_size, args.pixels, args.rounds, args.world_size)
+    counts = [args.world_size] if "RANK" in os.environ else range(1, args.world_size + 1)
+    measured = {ranks: learners.on_ranks(ranks, args.device, measured_step, *settings) for ranks in counts}
+    if None in measured.values():
+        return  # torchrun's ranks above 0
+    rows, alone = [], statistics.median(measured[counts[0]]["step"])
+    for ranks, seconds in measured.items():
+        row = {"measured": args.model, "ranks": ranks}
+        for name, values in seconds.items():
+            row[f"{name}, ms"] = report.shown(report.spread([1e3 * value for value in values]))
+        rows.append(row | {"efficiency": alone / statistics.median(seconds["step"])})
+    dry = [dry_run(tasks, ranks, args.model) for tasks, ranks in layouts]
+    model = [row for name in MODELS for row in model_rows(name, body_size(name), args.compute_ms)]
+    print(report.table(rows), report.table(dry), sep="\n\n", end="\n\n")
+    results = {"model": args.model, "batch_size": args.batch_size, "pixels": args.pixels, "measured": measured}
+    results |= {"dry_run": dry, "MODEL, not measured": model}
+    report.publish("scaling", results, model, args.out, args.device, args.world_size)
+
+
+def body_size(name: str) -> int:
+    """N of a model."""
+    module, head = models.build(ModelConfig(name=name), 10, 0)
+    return FlatParams(module, head).body.numel()
+
+
+if __name__ == "__main__":
+    main()

@@ -234,7 +234,7 @@ def test_a_world_size_that_fits_no_layout_is_one_line(run, config):
     code, _, err = run("train.py", "--config", config, "tasks=[a, b]", ranks=3)
     assert code == 1
     assert err.count("error: ") == 1
-    assert "2 tasks do not fit on 3 ranks" in err
+    assert "2 tasks do not fit evenly on 3 ranks" in err
 
 
 def test_nan_in_one_task_names_it_and_skip_goes_on(run, config, tmp_path, monkeypatch):

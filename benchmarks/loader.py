@@ -168,7 +168,7 @@ def embedded_task(folder: Path, copies: int) -> Path:
     return folder
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.epilog = EPILOG
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="of every loader and rank (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a loader's turn, about (default %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     stages, copies = STAGES, COPIES
     if args.quick:
         stages, copies, args.rounds, args.seconds = STAGES[:1], 1, 2, 0.1

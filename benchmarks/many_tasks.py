@@ -40,7 +40,7 @@ def one_by_one(tasks: list[learners.PlainTask]) -> None:
         task.step()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.epilog = EPILOG
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="T (default 1 2 4 8 16)")
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         args.model, args.batch_size, args.pixels, args.tasks, args.rounds = "tiny", 8, 16, [1, 4], 3
     results = learners.on_ranks(

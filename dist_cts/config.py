@@ -6,6 +6,7 @@ differs from the defaults and may name a `base:` file that it extends.
 
 import difflib
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,16 +18,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Config(BaseModel):
-    """A section of a config: immutable, and an unknown key is an error."""
+    """A section of a config: immutable; an unknown key, and a number that is none, are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
+FAULTS = 10  # that an error names
+_shown = reprlib.Repr()  # of a wrong value: what YAML repeats by reference may be endless when written out
+_shown.maxstring = _shown.maxother = 200
+_shown.maxlevel = 2
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that also reads 1e-3 as a number, as YAML 1.2 does and PyYAML's 1.1 does not."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 1 << 63:
+            raise ValueError(f"a number of {value.bit_length()} bits; there is place for 63")
+        return value
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,6 +45,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 _FLOAT = r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
@@ -43,14 +55,16 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
         FileNotFoundError: the file, or the file that its `base:` names, does not exist.
         ValueError: an unknown key, a wrong type or value, or YAML that does not parse; one line a fault.
     """
-    values = _read(Path(path)) if path is not None else {}
-    for override in overrides:
-        _merge(values, _parse_override(override))
+    where = path if path is not None else "the config"
     try:
+        values = _read(Path(path)) if path is not None else {}
+        for override in overrides:
+            _merge(values, _parse_override(override))
         return model.model_validate(values)
+    except RecursionError:  # YAML can name a list that it is inside of
+        raise ValueError(f"{where}: its values hold themselves") from None
     except ValidationError as error:
-        where = path if path is not None else "the config"
-        faults = "; ".join(_explain(model, fault) for fault in error.errors())
+        faults = "; ".join(_explain(model, fault) for fault in error.errors()[:FAULTS])
         raise ValueError(f"{where}: {faults}") from None
 
 
@@ -70,22 +84,36 @@ def describe(model: type[Config], prefix: str = "") -> Iterator[str]:
             yield f"  {f'{prefix}{name} = {default}':<44} {field.description or ''}".rstrip()
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ValueError(f"{path}: its chain of `base:` files comes back to itself")
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: numbers, strings, lists and dicts; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is none of YAML; the message names it.
+    """
     try:
-        values = yaml.load(path.read_text(), _Loader) or {}
+        return yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"config file {path} does not exist (from {Path.cwd()})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except Exception as error:  # a date of month 13, `!!bool maybe` or a thousand brackets raise almost anything
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    values = read_yaml(path)
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
-    if "base" in values:
-        base = _read(path.parent / str(values.pop("base")), (*seen, path.resolve()))
-        _merge(base, values)
-        return base
-    return values
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: its chain of `base:` files comes back to itself")
+    if "base" not in values:
+        return values
+    base = path.parent / str(values.pop("base"))
+    if not base.is_file():  # a pipe, too, would never end
+        raise FileNotFoundError(f"{path}: its `base:`, {str(base)!r}, is no file that exists")
+    merged = _read(base, (*seen, path.resolve()))
+    _merge(merged, values)
+    return merged
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -94,7 +122,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ValueError(f"override {override!r}: expected section.key=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except Exception:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
@@ -115,11 +143,11 @@ def _explain(model: type[Config], fault: Any) -> str:
         known = _known_keys(model, fault["loc"][:-1])
         close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
+        return f"unknown key {_shown.repr(key)}; {hint}"
     if fault["type"] == "missing":
         return f"{key!r} is required"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{key!r} is {fault['input']!r}: {message}" if key else message
+    return f"{key!r} is {_shown.repr(fault['input'])}: {message}" if key else message
 
 
 def _known_keys(model: type[Config], path: Sequence[Any]) -> list[str]:

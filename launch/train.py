@@ -11,7 +11,8 @@ examples:
   python launch/train.py --config configs/demo.yaml run_dir=runs/alone          (all tasks in one process)
 
 T tasks run on 1 .. T ranks or a multiple of T. The same command goes on where a run stopped. Exit codes: 0 done,
-75 stopped on request with a checkpoint written, 1 error, 2 bad usage or config (torchrun makes 1 of every one but 0).
+75 stopped on request with a checkpoint written, 1 error, 2 bad usage or config. torchrun makes 1 of every one but 0;
+after 75 there is a file RUN/stopped.
 
 config keys and their defaults:
 """
@@ -43,12 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
 
     from dist_cts import config, run
-    from dist_cts.exit_codes import finish
+    from dist_cts.exit_codes import STOPPED, finish
 
     def command() -> int:
         settings = config.load(run.TrainConfig, args.config, args.overrides)
         run_dir = settings.run_dir or default_run_dir(args.config)
-        return run.train(settings.model_copy(update={"run_dir": run_dir}))
+        stopped = run_dir / "stopped"  # exit code 75, for those who start torchrun and are given 1
+        stopped.unlink(missing_ok=True)
+        code = run.train(settings.model_copy(update={"run_dir": run_dir}))
+        if code == STOPPED:
+            stopped.touch()
+        return code
 
     return finish(command)
 

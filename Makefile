@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint format clean help
+.PHONY: setup demo test slurm lint format clean help
 
 PYTHON ?= python3 python3.12 python3.11
 BIN := .venv/bin
@@ -20,6 +20,9 @@ demo: $(STAMP) ## meta-train eight small tasks on eight ranks, then meta-test ph
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
+
+slurm: $(STAMP) ## run the tests of launch/slurm on a Slurm that they start (root; apt-get install slurm-wlm munge)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(STAMP) ## check style and format, change nothing
 	$(BIN)/ruff check .

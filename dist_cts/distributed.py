@@ -72,8 +72,7 @@ def even_seats(tasks: int, world_size: int) -> Seats:
     if world_size % tasks:
         raise ValueError(
             f"{tasks} tasks do not fit evenly on {world_size} ranks: start at most {tasks} ranks, or a multiple of "
-            f"{tasks} such as {world_size // tasks * tasks} or {(world_size // tasks + 1) * tasks}, or set "
-            "placement=auto"
+            f"{tasks} such as {world_size // tasks * tasks} or {(world_size // tasks + 1) * tasks}"
         )
     size = world_size // tasks
     return tuple(tuple(range(task * size, (task + 1) * size)) for task in range(tasks))

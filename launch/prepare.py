@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         fault = error.errors()[0]
         usage.error(f"argument --{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, not {fault['input']}")
-    except ValueError as fault:
+    except (ValueError, FileNotFoundError) as fault:
         usage.error(str(fault))
     if args.workers < 1:
         usage.error(f"argument --workers: at least 1, not {args.workers}")

@@ -7,9 +7,9 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +17,7 @@ from PIL import Image
 from dist_cts.data.raw import RawDataset, decode, from_named
 
 Read = Callable[[], bytes]
+LARGEST = 1 << 30  # bytes of a file in an archive; what is packed may claim any size
 
 
 class NotThere(ValueError):
@@ -39,7 +40,7 @@ class Files:
             return self.reads[name]()
         except KeyError:
             raise ValueError(f"{self.home / name}: cannot be read: there is no such file") from None
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # damaged archives raise almost anything
             raise ValueError(f"{self.home / name}: cannot be read: {error}") from None
 
     def text(self, name: str) -> str:
@@ -95,10 +96,16 @@ def _open(home: Path, found: dict[str, Path]) -> Files:
         elif path.is_dir():
             for folder, _, names in os.walk(path):
                 inside = Path(part, Path(folder).relative_to(path)).as_posix()
-                reads |= {f"{inside}/{name}": Path(folder, name).read_bytes for name in names}
+                reads |= {f"{inside}/{name}": partial(_read_file, Path(folder, name)) for name in names}
         else:
-            reads[part] = path.read_bytes
+            reads[part] = partial(_read_file, path)
     return Files(home, reads)
+
+
+def _read_file(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would never end
+        raise OSError("there is no such file")
+    return path.read_bytes()
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Read]]:
@@ -106,16 +113,28 @@ def _members(archive: Path) -> Iterator[tuple[str, Read]]:
     try:
         if zipfile.is_zipfile(archive):
             file = zipfile.ZipFile(archive)
-            for name in file.namelist():
-                yield name, lambda name=name: file.read(name)
-            return
-        plain = _uncompressed(archive)
-        with tarfile.open(fileobj=plain, mode="r:") as tar:
-            places = [(member.name, member.size, member.offset_data) for member in tar if member.isfile()]
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+            members = [(info.filename, info.file_size, partial(file.read, info)) for info in file.infolist()]
+        else:
+            plain = _uncompressed(archive)
+            members, end = [], plain.seek(0, os.SEEK_END)
+            plain.seek(0)
+            with tarfile.open(fileobj=plain, mode="r:") as tar:
+                for member in tar:
+                    if not 0 <= member.size <= end - member.offset_data:
+                        raise tarfile.ReadError(f"{member.name} does not lie in it")
+                    if member.isfile():
+                        read = partial(_read_at, plain, member.offset_data, member.size)
+                        members.append((member.name, member.size, read))
+    except Exception as error:  # damaged archives raise almost anything
         raise ValueError(f"{archive}: cannot be read: {error}") from None
-    for name, size, offset in places:
-        yield name, lambda size=size, offset=offset: os.pread(plain.fileno(), size, offset)
+    for name, size, read in members:
+        if size > LARGEST:
+            raise ValueError(f"{archive}: cannot be read: {name} has {size:,} bytes")
+        yield name, read
+
+
+def _read_at(file: io.BufferedIOBase, offset: int, size: int) -> bytes:
+    return os.pread(file.fileno(), size, offset)
 
 
 def _uncompressed(archive: Path) -> io.BufferedIOBase:

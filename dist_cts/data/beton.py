@@ -6,6 +6,7 @@ manifest. FFCV reads a torn or foreign file as garbage without a word, so nothin
 """
 
 import hashlib
+import json
 import os
 import types
 from collections import deque
@@ -29,6 +30,8 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+RECORDS = HEADER.itemsize + 2 * FIELD.itemsize  # where they start
+MODES = {"jpg": 0, "raw": 1}  # how IMAGE writes them
 
 
 class Manifest(Config):
@@ -39,14 +42,14 @@ class Manifest(Config):
     count: int = Field(gt=0)
     classes: int = Field(gt=0)
     class_names: list[str]
-    pixels: int = Field(gt=0)
+    pixels: int = Field(gt=0, le=4096)
     channels: Literal[1, 3]  # 1: the source is grey, stored as three equal channels
-    mean: Annotated[list[float], Field(min_length=3, max_length=3)]  # per channel, in 0..1
-    std: Annotated[list[float], Field(min_length=3, max_length=3)]
+    mean: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]  # per channel
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)]
     mode: Literal["raw", "jpg"]
     source: str  # the data set and the options that it was prepared with
     skipped: tuple[str, ...] = ()  # one line for every image left out because it does not decode
-    bytes: int
+    bytes: int = Field(gt=RECORDS)
     sha256: str
     format: Literal[1] = 1
 
@@ -143,8 +146,9 @@ def write(
             sha256=checksum,
         )
         _publish(temporary, beton)
+        values = manifest.model_dump(mode="json")
         with open(temporary, "w") as file:
-            file.write(manifest.model_dump_json(indent=1))
+            json.dump(values | {"seal": _seal(values)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _publish(temporary, beton.with_suffix(".json"))
@@ -158,17 +162,24 @@ def read_manifest(path: str | Path) -> Manifest:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a complete manifest.
+        ValueError: it is not a complete manifest, or not as it was written.
     """
     path = Path(path).with_suffix(".json")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        values = json.loads(path.read_bytes())
+        seal = values.pop("seal", None) if isinstance(values, dict) else None
+        manifest = Manifest.model_validate(values)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such manifest; {AGAIN}") from None
     except ValidationError as error:
         fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"]))
-        raise ValueError(f"{path}: not a manifest: {where} {fault['msg']}; {AGAIN}") from None
+        where = " ".join([".".join(map(str, fault["loc"])), fault["msg"]])
+        raise ValueError(f"{path}: not a manifest: {' '.join(where.split())}; {AGAIN}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a manifest: {error}; {AGAIN}") from None
+    if seal not in (None, _seal(values)):
+        raise ValueError(f"{path}: it has changed since it was written; {AGAIN}")
+    return manifest
 
 
 def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool = True) -> Manifest:
@@ -203,6 +214,7 @@ def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool =
             f"{header['samples'][0]} samples, but its manifest says {manifest.count}",
         )
         require(0 < header["table"][0] < size, "its allocation table is missing: it was not written to the end")
+        require(manifest.count * SAMPLE.itemsize < size, f"too short for {manifest.count} samples")
         samples = np.fromfile(file, SAMPLE, manifest.count)
         require(len(samples) == manifest.count, f"too short for {manifest.count} samples")
         labels, image = samples["label"], samples["image"]
@@ -215,12 +227,23 @@ def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool =
             bool(((image["width"] == side) & (image["height"] == side)).all()),
             f"images that are not {side} x {side}, as its manifest says",
         )
-        require(bool(((pointer > 0) & (pointer < size)).all()), "images that lie outside the file")
+        stored = side * side * 3 if manifest.mode == "raw" else 1
+        require(bool((image["mode"] == MODES[manifest.mode]).all()), f"images that are not {manifest.mode}")
+        require(
+            bool(((pointer > 0) & (pointer < size) & (pointer + np.uint64(stored) <= size)).all())
+            and manifest.count * stored <= size,
+            "images that lie outside the file",
+        )
         if checksum:
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             require(digest == manifest.sha256, "its checksum is not that of its manifest")
     return manifest
+
+
+def _seal(values: dict) -> str:
+    """A checksum of a manifest; one without it is taken as it is."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class _Block(NamedTuple):

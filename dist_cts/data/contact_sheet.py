@@ -12,8 +12,8 @@ from dist_cts.data import beton
 def read(path: Path, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, P, P, 3] and int64 [n]: these images of a .beton, decoded without FFCV, and their labels."""
     manifest = beton.read_manifest(path)
-    offset, side = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize, manifest.pixels
-    samples = np.memmap(path, beton.SAMPLE, "r", offset, manifest.count)[indices]
+    side = manifest.pixels
+    samples = np.memmap(path, beton.SAMPLE, "r", beton.RECORDS, manifest.count)[indices]
     images, raw = np.empty((len(indices), side, side, 3), np.uint8), manifest.mode == "raw"
     with open(path, "rb") as file:
         for image, pointer in zip(images, samples["image"]["pointer"], strict=True):

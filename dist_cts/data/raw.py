@@ -1,5 +1,6 @@
 """A data set as its reader found it: labels in memory, images opened one by one, and what can be selected from it."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +52,22 @@ def from_named(class_names: Sequence[str], named: Sequence[tuple[Any, int]], loa
     return RawDataset(tuple(class_names), labels, lambda i: load(named[i][0]))
 
 
+def inside(folder: Path, name: str | Path) -> Path:
+    """FOLDER/NAME for a name that a file gave, which may be absolute; links are the user's own and are followed.
+
+    Raises:
+        ValueError: it leads out of the folder.
+    """
+    path = folder / name
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise ValueError(f"{str(name)!r} leads out of {folder}")
+    return path
+
+
 def open_image(path: Path) -> Image.Image:
     """`decode` of a file on the disk."""
+    if not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path}: does not decode: there is no such file")
     return decode(path, path)
 
 

@@ -8,6 +8,7 @@ classes and then of their sorted paths, or in the order of the list that the dat
 import csv
 import gzip
 import io
+import math
 import zlib
 from collections.abc import Sequence
 from importlib import resources
@@ -16,10 +17,11 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from dist_cts.data.archives import Files, NotThere, locate
-from dist_cts.data.raw import RawDataset, from_files
+from dist_cts.data.raw import RawDataset, from_files, inside
 from dist_cts.seeds import hashed_seed
 
 Split = tuple[RawDataset, RawDataset | None]
+PACKS = 1032  # what deflate makes of a byte, at most
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -34,12 +36,17 @@ def tiny_imagenet(root: Path) -> Split:
         for name in files.below("train")
         if PurePath(name).suffix.lower() in IMAGES and name.split("/")[1] in label_of
     ]
+    if not wnids or len(label_of) < len(wnids) or len({label for _, label in train}) < len(wnids):
+        raise ValueError(f"{files.home}/wnids.txt: it names no class, one twice or one without images in train")
     test = []
     for number, line in enumerate(files.text("val/val_annotations.txt").splitlines(), 1):
         columns = line.split("\t")
         if len(columns) < 2 or columns[1] not in label_of:
             raise ValueError(f"{files.home}/val/val_annotations.txt: line {number} names no class of wnids.txt")
         test.append((f"val/images/{columns[0]}", label_of[columns[1]]))
+    there = [name for name in files.below("val/images") if PurePath(name).suffix.lower() in IMAGES]
+    if there != sorted(name for name, _ in test):
+        raise ValueError(f"{files.home}/val/val_annotations.txt: its images are not those of val/images, each once")
     return files.dataset(wnids, train), files.dataset(wnids, test)
 
 
@@ -62,8 +69,7 @@ def cub(root: Path) -> Split:
     lists = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
     layout = f"{', '.join(lists)} and images/CLASS, or CUB_200_2011.tgz"
     files = locate(root, dict.fromkeys((*lists, "images"), "CUB_200_2011.tgz"), layout)
-    columns = [dict(line.split(maxsplit=1) for line in files.text(name).splitlines() if line) for name in lists]
-    classes, images, labels, train = columns
+    classes, images, labels, train = (_numbered(files, name) for name in lists)
     if not images.keys() == labels.keys() == train.keys():
         raise ValueError(f"{files.home}: {', '.join(lists[1:])} do not name the same images")
     number = {key: label for label, key in enumerate(classes)}  # in the order of the file, 001.Black_footed_Albatross
@@ -86,7 +92,10 @@ def stanford_cars(root: Path) -> Split:
     splits = []
     for folder, table in (("cars_train", train_labels), ("cars_test", test_labels)):
         rows = np.atleast_1d(_matlab(files, table, "annotations"))
-        labelled = [(f"{folder}/{row['fname']}", int(row["class"]) - 1) for row in rows]
+        try:
+            labelled = [(f"{folder}/{row['fname']}", int(row["class"]) - 1) for row in rows]
+        except (ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{files.home}/{table}: cannot be read: {error}") from None
         if wrong := [label + 1 for _, label in labelled if not 0 <= label < len(names)]:
             raise ValueError(f"{files.home}/{table}: class {wrong[0]} is none of 1..{len(names)}")
         splits.append(files.dataset(names, labelled))
@@ -104,9 +113,9 @@ def quickdraw(root: Path, images: int = 100, seed: int = 0) -> Split:
     names, pixels, chosen = sorted(paths), [], []
     for name in names:
         try:
-            drawings = np.load(paths[name], mmap_mode="r")
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{paths[name]}: cannot be read: {error}") from None
+            drawings = np.lib.format.open_memmap(paths[name], "r")
+        except Exception as error:  # damaged files raise almost anything
+            raise ValueError(f"{paths[name]}: cannot be read: {' '.join(str(error).split())}") from None
         if drawings.dtype != np.uint8 or drawings.ndim != 2 or drawings.shape[1] != 784:
             raise ValueError(f"{paths[name]}: {drawings.dtype} {list(drawings.shape)}, not uint8 [N, 784]")
         if len(drawings) < 2 * images:
@@ -165,11 +174,14 @@ def gtsrb(root: Path) -> Split:
     home = _find(root, "GTSRB/Training", "GTSRB/Training/CLASS, GTSRB/Final_Test/Images and GT-final_test.csv")
     names, train = _class_folders(home / "GTSRB" / "Training")
     table, test = home / "GT-final_test.csv", []
+    label_of = {str(label): label for label in range(len(names))}
     for number, row in enumerate(csv.DictReader(_text(table).splitlines(), delimiter=";"), 2):
-        label = row.get("ClassId") or ""
-        if not label.isdecimal() or int(label) >= len(names):
-            raise ValueError(f"{table}: line {number}: {label!r} is none of the classes 0..{len(names) - 1}")
-        test.append((home / "GTSRB" / "Final_Test" / "Images" / row["Filename"], int(label)))
+        if row.get("ClassId") not in label_of or not row.get("Filename"):
+            raise ValueError(f"{table}: line {number}: no Filename, or none of the classes 0..{len(names) - 1}")
+        path = inside(home / "GTSRB" / "Final_Test" / "Images", row["Filename"])
+        test.append((path, label_of[row["ClassId"]]))
+    if len({path for path, _ in test}) < len(test):
+        raise ValueError(f"{table}: it names an image twice")
     return from_files(names, train), from_files(names, test)
 
 
@@ -234,17 +246,19 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         ValueError: it is damaged, or no IDX file of bytes; the message names it.
     """
+    most = path.stat().st_size * (PACKS if path.suffix == ".gz" else 1)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            magic = file.read(4)
+            if len(magic) < 4 or magic[:3] != b"\0\0\x08":
+                raise ValueError(f"{path}: not an IDX file of bytes")
+            shape = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
+            size = math.prod(shape)
+            body = file.read(min(size, most) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path}: not an IDX file of bytes")
-    dimensions = data[3]
-    shape = np.frombuffer(data[4 : 4 + 4 * dimensions], ">u4").astype(int)
-    body = data[4 + 4 * dimensions :]
-    if len(shape) != dimensions or len(body) != shape.prod():
-        raise ValueError(f"{path}: {len(body)} bytes of data where its header says {shape.tolist()}")
+    if len(shape) != magic[3] or len(body) != size or not shape:
+        raise ValueError(f"{path}: {len(body)} bytes of data where its header says {shape}")
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
@@ -274,6 +288,8 @@ def _class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
     if not names:
         raise ValueError(f"{folder}: no class folders in it")
+    if broken := [name for name in names if name.encode(errors="replace").decode() != name]:
+        raise ValueError(f"{folder}: the name of class {broken[0]!r} is not UTF-8")
     return names, [(path, label) for label, name in enumerate(names) for path in _images(folder / name)]
 
 
@@ -282,6 +298,14 @@ def _images(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder}: no images in it or below")
     return files
+
+
+def _numbered(files: Files, name: str) -> dict[str, str]:
+    """The rest of every line by its number, with which it starts."""
+    rows = [line.split(maxsplit=1) for line in files.text(name).splitlines() if line.strip()]
+    if len({row[0] for row in rows if len(row) == 2}) < len(rows):
+        raise ValueError(f"{files.home / name}: a line that is not `number value`, or two of one number")
+    return dict(rows)
 
 
 def _matlab(files: Files, name: str, variable: str) -> np.ndarray:

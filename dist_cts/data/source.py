@@ -236,8 +236,7 @@ def _ffcv_classes() -> tuple[type, type]:
 
 def _records(path: Path, manifest: Manifest) -> np.ndarray:
     """What FFCV's format says of every sample: [N] of beton.SAMPLE."""
-    offset = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
-    return np.fromfile(path, beton.SAMPLE, manifest.count, offset=offset)
+    return np.fromfile(path, beton.SAMPLE, manifest.count, offset=beton.RECORDS)
 
 
 def _raw_images(path: Path, manifest: Manifest, pointers: np.ndarray) -> Tensor:

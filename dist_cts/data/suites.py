@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
+from dist_cts.config import read_yaml
 from dist_cts.data import beton, catalog
 from dist_cts.data.archives import NotThere
 from dist_cts.data.beton import Manifest
@@ -17,11 +17,14 @@ from dist_cts.data.prepare import Options, prepare, task_name
 NAMES = ("paper-8", "paper-targets", "imagenet-8", "imagenet-targets", "demo")
 
 
+FOLDER = r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$"  # a name that does not lead elsewhere
+
+
 class Task(Options):
     """One task of a suite: a data set of the catalog and what to make of it."""
 
     dataset: str
-    name: str | None = None  # its folder below the output; default: the data set and its class range
+    name: str | None = Field(None, pattern=FOLDER)  # its folder below the output; default: data set and class range
     root: Path | None = None  # its raw data; default: the folder of that name below the root, or the root
     expected: tuple[int, int, int] | None = None  # train images, test images, classes
 
@@ -53,6 +56,7 @@ def suite(name: str) -> list[Task]:
     """The tasks of a suite, or of a YAML file: a list of tasks, each with `dataset` and what differs from defaults.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: there is no such suite, or the file is not a list of tasks.
     """
     if name.endswith((".yaml", ".yml")):
@@ -85,14 +89,12 @@ def suite(name: str) -> list[Task]:
 
 def _from_file(path: Path) -> list[Task]:
     try:
-        items = yaml.safe_load(path.read_text())
+        items = read_yaml(path)
         if not isinstance(items, list) or not items:
             raise ValueError(f"{path}: not a list of tasks")
         tasks = [Task.model_validate(item) for item in items]
         for task in tasks:
             catalog.entry(task.dataset)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         fault = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None

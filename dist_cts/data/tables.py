@@ -4,11 +4,14 @@ import csv
 import functools
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
+
 from dist_cts.data.archives import NotThere
-from dist_cts.data.raw import RawDataset, decode, from_named, open_image
+from dist_cts.data.raw import RawDataset, decode, from_named, inside, open_image
 from dist_cts.data.readers import Split
 
 SUFFIXES = (".csv", ".parquet", ".arrow")
@@ -19,10 +22,10 @@ LABEL = ("label", "labels", "fine_label")
 def read(root: Path) -> Split:
     """A table, or a folder with tables: `train*`, or the folder `train`, and `test*`, or `val*`, are its two splits.
 
-    A row has an image (column image, img, path or file_name: a path, relative to the table's folder or absolute, or
-    the bytes of an image file, or Hugging Face's {bytes, path}) and a label (label, labels or fine_label). Classes are
-    the names that the file declares (Hugging Face's ClassLabel), else the sorted labels of both splits, numbers by
-    value.
+    A row has an image (column image, img, path or file_name: a path, relative or absolute, that leads into the table's
+    folder, or the bytes of an image file, or Hugging Face's {bytes, path}) and a label (label, labels or fine_label).
+    Classes are the names that the file declares (Hugging Face's ClassLabel), else the sorted labels of both splits,
+    numbers by value.
     """
     if root.is_file():
         parts = [[root], []]
@@ -43,8 +46,9 @@ def read(root: Path) -> Split:
         if any(other != names for other in declared) or not values <= label_of.keys():
             raise ValueError(f"{root}: its files do not agree on their {len(names)} classes")
     else:
-        ordered = sorted(values, key=_by_value)
-        names, label_of = [str(value) for value in ordered], {value: i for i, value in enumerate(ordered)}
+        names = sorted({str(value) for value in values}, key=_by_value)
+        place = {name: label for label, name in enumerate(names)}
+        label_of = {value: place[str(value)] for value in values}
 
     def dataset(tables: list) -> RawDataset:
         return from_named(
@@ -56,9 +60,8 @@ def read(root: Path) -> Split:
     return dataset(splits[0]), dataset(splits[1]) if splits[1] else None
 
 
-def _by_value(label: str | int) -> tuple:
-    text = str(label)
-    return (0, int(text), text) if text.lstrip("-").isdecimal() else (1, 0, text)
+def _by_value(text: str) -> tuple:
+    return (0, int(text), text) if re.fullmatch(r"-?\d{1,18}", text) else (1, 0, text)
 
 
 def _table(path: Path) -> tuple[Callable, list, list[str]]:
@@ -73,7 +76,7 @@ def _table(path: Path) -> tuple[Callable, list, list[str]]:
         for number, row in enumerate(rows, 2):
             if not row[image] or not row[label]:
                 raise ValueError(f"{path}: line {number} lacks a {image} or a {label}")
-        return lambda i: open_image(path.parent / rows[i][image]), [row[label] for row in rows], []
+        return lambda i: _open(path, i, rows[i][image]), [row[label] for row in rows], []
     try:
         import pyarrow
         from pyarrow import parquet
@@ -90,13 +93,15 @@ def _table(path: Path) -> tuple[Callable, list, list[str]]:
             labels = parquet.read_table(path, columns=[label]).column(label).to_pylist()
         else:
             table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+            table.validate(full=True)  # Arrow itself trusts the offsets in a file
             schema, groups = table.schema, [len(table)]
             image, label = _columns(path, schema.names)
             labels = table.column(label).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if None in labels:
-        raise ValueError(f"{path}: row {labels.index(None)} has no {label}")
+    wrong = (row for row, value in enumerate(labels) if not isinstance(value, str | int))
+    if (row := next(wrong, None)) is not None:
+        raise ValueError(f"{path}: row {row} has no {label} that is a text or a whole number: {labels[row]!r}")
 
     @functools.lru_cache(maxsize=4)  # rows are asked for in order, by several threads
     def column(group: int) -> object:
@@ -105,22 +110,41 @@ def _table(path: Path) -> tuple[Callable, list, list[str]]:
         return parquet.ParquetFile(path).read_row_group(group, columns=[image]).column(image)
 
     def load(row: int) -> object:
-        inside, group = row, 0
-        while inside >= groups[group]:
-            inside, group = inside - groups[group], group + 1
-        value = column(group)[inside].as_py()
+        place, group = row, 0
+        while place >= groups[group]:
+            place, group = place - groups[group], group + 1
+        try:
+            value = column(group)[place].as_py()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: row {row} cannot be read: {' '.join(str(error).split())}") from None
         if isinstance(value, dict):
-            value = value["bytes"] or value["path"]
+            value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            return open_image(path.parent / value)
-        return decode(io.BytesIO(value or b""), f"{path}: row {row}")
+            return _open(path, row, value)
+        if not isinstance(value, bytes):
+            raise ValueError(f"{path}: row {row} has no {image}")
+        return decode(io.BytesIO(value), f"{path}: row {row}")
 
-    return load, labels, _class_names(schema.metadata or {}, label)
+    try:
+        return load, labels, _class_names(schema.metadata or {}, label)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: its features: {error}") from None
+
+
+def _open(table: Path, row: int, name: str) -> Image.Image:
+    try:
+        return open_image(inside(table.parent, name))
+    except ValueError as fault:
+        raise ValueError(f"{table}: row {row}: {fault}") from None
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> list[str]:
+    """What Hugging Face's ClassLabel declares, if it does."""
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return features.get(label, {}).get("names") or []
+    names = features.get(label, {}).get("names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the names of {label} are {names!r}")
+    return names
 
 
 def _columns(path: Path, names: list[str]) -> tuple[str, str]:

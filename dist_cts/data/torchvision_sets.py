@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_cts.data.archives import NotThere
-from dist_cts.data.raw import RawDataset, from_files
+from dist_cts.data.raw import RawDataset, from_files, inside
 from dist_cts.data.readers import Split
 
 DIGITS = tuple("0123456789")
@@ -47,7 +47,8 @@ def files(
 
     def read(splits: Sequence[str]) -> RawDataset:
         opened = [_open(name, root, download, split=split, **arguments) for split in splits]
-        return from_files(opened[0].classes, [pair for data in opened for pair in pairs(data)])
+        labelled = [(inside(root.absolute(), path.absolute()), y) for data in opened for path, y in pairs(data)]
+        return from_files(opened[0].classes, labelled)
 
     return read(train), read(test) if test else None
 

@@ -166,6 +166,7 @@ def test_wrong_input_is_refused(tmp_path, images, labels, fault):
 def edit_manifest(**changes):
     def edit(folder):
         values = json.loads((folder / "train.json").read_text())
+        del values["seal"]  # by hand, it may be changed
         (folder / "train.json").write_text(json.dumps(values | changes))
 
     return edit
@@ -193,7 +194,17 @@ def torn(folder):
     edit_beton(beton.HEADER.fields["table"][1], bytes(8))(folder)
 
 
-RECORDS = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
+def replace(folder, old, new):
+    text = (folder / "train.json").read_text()
+    assert old in text
+    (folder / "train.json").write_text(text.replace(old, new))
+
+
+def last(folder):
+    """A pointer to the last byte of the file."""
+    return ((folder / "train.beton").stat().st_size - 1).to_bytes(8, "little")
+
+
 FAULTS = {
     "truncated": (truncate("train.beton", -1), "bytes, but its manifest says"),
     "truncated to nothing": (truncate("train.beton", 0), "0 bytes, but its manifest says"),
@@ -202,13 +213,17 @@ FAULTS = {
     "other version": (edit_beton(0, b"\x09"), "its header"),
     "other fields": (edit_beton(beton.HEADER.itemsize + 1, b"voice"), "its header"),
     "other count in the header": (edit_beton(8, b"\x08"), "8 samples, but its manifest says 7"),
-    "label": (edit_beton(RECORDS + 16, b"\x03"), "but its manifest says 3 classes"),
-    "image outside": (edit_beton(RECORDS + 5, b"\xff" * 8), "outside the file"),
+    "label": (edit_beton(beton.RECORDS + 16, b"\x03"), "but its manifest says 3 classes"),
+    "image outside": (edit_beton(beton.RECORDS + 5, b"\xff" * 8), "outside the file"),
     "one bit of an image": (edit_beton((1 << 21) + 30, b"\x00\x01\x02"), "checksum"),
     "count in the manifest": (edit_manifest(count=6), "7 samples, but its manifest says 6"),
     "classes in the manifest": (edit_manifest(classes=2, class_names=["a", "b"]), "says 2 classes"),
     "pixels in the manifest": (edit_manifest(pixels=6), "not 6 x 6"),
     "checksum in the manifest": (edit_manifest(sha256="0" * 64), "checksum"),
+    "manifest altered": (lambda folder: replace(folder, '"noise"', '"voice"'), "changed since it was written"),
+    "other mode in the manifest": (edit_manifest(mode="jpg"), "not jpg"),
+    "image half outside": (lambda folder: edit_beton(beton.RECORDS + 5, last(folder))(folder), "outside the file"),
+    "std of nothing": (edit_manifest(std=[0.0, 1.0, 1.0]), "std.0"),
     "manifest torn": (truncate("train.json", 100), "not a manifest"),
     "manifest empty": (truncate("train.json", 0), "not a manifest"),
     "manifest without a key": (lambda folder: (folder / "train.json").write_text("{}"), "name Field required"),

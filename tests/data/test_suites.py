@@ -31,7 +31,7 @@ def test_an_unknown_suite_is_refused():
 @pytest.mark.parametrize(
     ("text", "fault"),
     [("dataset: x", "not a list"), ("- dataset: x", "no data set 'x'"), ("- {dataset: digits, x: 1}", "x: Extra"),
-     ("- {dataset: digits, pixels: 0}", "pixels"), ("[", "cannot be read")],
+     ("- {dataset: digits, pixels: 0}", "pixels"), ("[", "not a YAML file")],
 )  # fmt: skip
 def test_a_wrong_suite_file_is_refused(tmp_path, text, fault):
     (tmp_path / "mine.yaml").write_text(text)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,15 @@ def open_loader(
     config = DataConfig(cache={"streamed": "stream", "resident": "device"}[loader], workers=workers, verify=False)
     batches = TaskBatches(open_task(task, "train", config, device), 0, batch_size, config)
     if stage == "augmented":
-        return (batches.next()[0] for _ in itertools.count())
+        return augmented(batches)
     return decoded(batches, batch_size)
+
+
+def augmented(batches: TaskBatches) -> Iterator[Tensor]:
+    """What a learner eats."""
+    with closing(batches):
+        while True:
+            yield batches.next()[0]
 
 
 def decoded(batches: TaskBatches, batch_size: int) -> Iterator[Tensor]:
@@ -62,9 +70,9 @@ def decoded(batches: TaskBatches, batch_size: int) -> Iterator[Tensor]:
         for start in itertools.count(0, 256):
             yield from batches.plan.stretch(start, 256).index
 
-    feed = batches.source.feed(rows(), batch_size)
-    for row in rows():
-        yield feed.take(torch.from_numpy(row).to(batches.source.device))
+    with closing(batches.source.feed(rows(), batch_size)) as feed:
+        for row in rows():
+            yield feed.take(torch.from_numpy(row).to(batches.source.device))
 
 
 def bare_ffcv(task: Path, stage: str, batch_size: int, workers: int, device: torch.device) -> Iterator[Tensor]:

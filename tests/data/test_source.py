@@ -21,8 +21,12 @@ def endless(fault_at=None):
         yield row
 
 
+EARLIER: set[threading.Thread] = set()  # other tests' threads may take their time to end
+
+
 def loader_threads():
-    return [thread for thread in threading.enumerate() if type(thread).__name__ == "RowIterator"]
+    started_here = set(threading.enumerate()) - EARLIER
+    return [thread for thread in started_here if type(thread).__name__ == "RowIterator"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def streams(paths):
+    EARLIER.update(threading.enumerate())
     return {mode: StreamingSource(path, beton.read_manifest(path), CPU) for mode, path in paths.items()}
 
 

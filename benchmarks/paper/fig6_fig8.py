@@ -2,7 +2,7 @@
 
 Each method's beta is tuned first, then the runs and their meta-test follow; a call that was interrupted goes on.
 
-python benchmarks/paper/fig6_fig8.py --workers 2                     (two CPU cores; about 2 hours)
+python benchmarks/paper/fig6_fig8.py --workers 2                     (two CPU cores; 1 to 1.5 hours)
 python benchmarks/paper/fig6_fig8.py --work runs/large --steps 20000 --tune-steps 2000 --K 10 100 1000 batch_size=128
 """
 
@@ -149,7 +149,7 @@ def start_beta(method: str, K: int) -> float:
     return min(map(grid, range(-12, 6)), key=lambda beta: abs(math.log10(beta) - exponent))
 
 
-def tune(study: Study, run: Run) -> tuple[Run, dict[float, float]]:
+def tune(study: Study, run: Run) -> tuple[Run, dict[float, float | str]]:
     """Climbs the grid of beta from the paper's value until both neighbours have a higher loss in the last 100 steps."""
     found: dict[int, float] = {}
     best = next(index for index in range(-12, 6) if grid(index) == run.beta)
@@ -161,7 +161,7 @@ def tune(study: Study, run: Run) -> tuple[Run, dict[float, float]]:
                 found[index] = loss if math.isfinite(loss) else math.inf
         lowest = min(found, key=found.__getitem__)
         if lowest == best:
-            tried = {grid(index): found[index] for index in sorted(found)}
+            tried = {grid(i): found[i] if math.isfinite(found[i]) else "diverged" for i in sorted(found)}
             print(f"{run.method}, K = {run.K}: beta {grid(best):g} of {tried}", flush=True)
             return replace(run, beta=grid(best)), tried
         best = lowest
@@ -220,6 +220,7 @@ def draw(study: Study, out: Path, main: int, runs: dict, summary: dict, numbers:
     c.set_xticks(K, [str(k) for k in K], minor=False)
     c.set_xticks([], minor=True)
     c.set_xlabel("$K$ of the meta-training")
+    c.set_ylabel("test accuracy (%)")
     c.set_title("(c) the same against $K$")
     c.legend()
     save(fig, out, "fig6", numbers | {"curves": curves, "meta_test": table})
@@ -230,7 +231,7 @@ def draw(study: Study, out: Path, main: int, runs: dict, summary: dict, numbers:
         bars(ax, {method: accuracy(summary, runs[method, main], target) for method in COMPARED})
         ax.set_title(f"{target}, $K = {main}$")
         low = min(accuracy(summary, runs[method, main], target)[0] for method in COMPARED)
-        ax.set_xlim(left=max(0, low - 10))
+        ax.set_xlim(left=low - 10 if low > 20 else 0)
     bars(axes[-1], {m: accuracy(summary, runs[m, short], targets[0]) for m, K in runs if short == K})
     axes[-1].set_title(f"{targets[0]}, $K = {short}$")
     save(

@@ -5,8 +5,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test slurm lint format clean help
+.PHONY: setup demo test slurm faults soak lint format clean help
 
+N ?= 100
 PYTHON ?= python3 python3.12 python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -23,6 +24,12 @@ test: $(STAMP) ## run the tests
 
 slurm: $(STAMP) ## run the tests of launch/slurm on a Slurm that they start (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+faults: $(STAMP) ## run the fault tests too long for `make test`: minutes
+	$(BIN)/python -m pytest -m faults tests/faults
+
+soak: $(STAMP) ## kill ranks and torchrun N times at random (N=100), compare phi with an undisturbed run's
+	$(BIN)/python benchmarks/soak.py --kills $(N)
 
 lint: $(STAMP) ## check style and format, change nothing
 	$(BIN)/ruff check .

@@ -38,8 +38,8 @@ from dist_cts.learner import TaskLearner
 PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
 # What a resumed run may do otherwise than before: how long, where, what it says and keeps. A section means all of it.
 MAY_DIFFER = (
-    *("episodes", "run_dir", "device", "timeout_seconds", "max_minutes", "nonfinite", "checkpoint"),
-    *("log_every", "eval_every", "check_every", "snapshot_every", "data.root", "data.cache"),
+    *("episodes", "run_dir", "device", "timeout_seconds", "max_minutes", "nonfinite", "loss_limit"),
+    *("checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root", "data.cache"),
     *("data.resident_limit_gib", "data.workers", "data.verify"),
 )
 _FILES = TypeAdapter(dict[str, StoredFile])
@@ -153,9 +153,13 @@ class Checkpoints:
         return self.wait() == step if wait else True
 
     def wait(self) -> int | None:
-        """Ends a running save on all ranks; the step of the newest good checkpoint, None while there is none."""
-        if self._thread is not None:
-            self._thread.join()
+        """Ends a running save on all ranks; the step of the newest good checkpoint, None while there is none.
+
+        The ranks keep in touch meanwhile: a slow disk is no lost rank, and a lost rank is not waited for.
+        """
+        while any(_from_all(self._busy())):
+            if self._thread is not None:
+                self._thread.join(0.1)
         self.newest = _from_rank_0(self.newest)
         return self.newest
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,11 +119,52 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: a host name that resolves is not needed
     if "RANK" in os.environ:
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        shared, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(_attempt(shared, rank, world_size, timeout), shared)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     yield
     dist.destroy_process_group()
+
+
+def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name of this start of the ranks, drawn by rank 0 and the same on all of them.
+
+    torchrun keeps its store over restarts, with the addresses of processes that are gone: whoever reads one of those
+    before its new owner has written over it connects to nothing. So every rank greets with a name of its own, and
+    believes the answer that repeats it; rank 0 answers until all have been heard.
+
+    Raises:
+        RunError: a rank has not come in time.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def wait_for(missing: int) -> None:
+        if time.monotonic() > deadline:
+            raise RunError(f"rank {missing} has not joined within {timeout.total_seconds():g} s of the start", rank)
+        time.sleep(0.05)
+
+    if rank > 0:
+        store.set(f"greeting/{rank}", mine)
+        while not (answer := read(f"answer/{rank}")).startswith(mine):
+            wait_for(0)
+        attempt = answer.removeprefix(mine)
+        store.set(f"heard/{attempt}/{rank}", "")
+        return attempt
+    missing = list(range(1, world_size))
+    while missing:
+        for other in missing:
+            store.set(f"answer/{other}", read(f"greeting/{other}") + mine)
+        missing = [other for other in missing if not store.check([f"heard/{mine}/{other}"])]
+        if missing:
+            wait_for(missing[0])
+    return mine
 
 
 def data_group(placement: Placement, timeout_seconds: float = 120) -> dist.ProcessGroup | None:

@@ -1,6 +1,8 @@
 """How a command of launch/ ends: one clear line for a mistake, and an exit code that a scheduler understands."""
 
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -9,32 +11,40 @@ DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: a checkpoint is written, start 
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; every rank raises it, with the same text."""
+    """A run that cannot go on; every rank raises it, with the same text, and rank `speaker` prints it."""
+
+    def __init__(self, text: str, speaker: int = 0) -> None:
+        super().__init__(text)
+        self.speaker = speaker
 
 
 class RankError(RunError):
     """What ends the run on one rank alone; the others then lose contact with it."""
+
+    def __init__(self, text: str) -> None:
+        rank = int(os.environ.get("RANK", 0))
+        super().__init__(f"rank {rank}: {text}", speaker=rank)
 
 
 def finish(command: Callable[[], int]) -> int:
     """Runs `command` and gives its exit code; a mistake or a failure becomes a line on stderr.
 
     ValueError and FileNotFoundError (the command cannot run as asked) give 2, RunError, OSError and ImportError (it
-    failed) 1. What all ranks share is printed by rank 0 alone, a RankError by its rank.
+    failed) 1. What all ranks share is printed by rank 0 alone, or by the rank that a RunError names.
     """
-    rank = os.environ.get("RANK", "0")
-    speaks = rank == "0"
+    speaker = 0
+    faulthandler.enable()  # says where a crash was (SIGSEGV, SIGBUS), which ends the process without an exception
     try:
         return command()
     except (ValueError, FileNotFoundError) as error:
         code, text = USAGE, str(error)
-    except RankError as error:
-        code, text, speaks = ERROR, f"rank {rank}: {error}", True
-    except (RunError, OSError, ImportError) as error:
+    except RunError as error:
+        code, text, speaker = ERROR, str(error), error.speaker
+    except (OSError, ImportError) as error:
         code, text = ERROR, str(error)
     except KeyboardInterrupt:
         code, text = ERROR, "interrupted at once; the same command goes on from the newest checkpoint"
-    if speaks:
+    if int(os.environ.get("RANK", 0)) == speaker:
         print(f"error: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -43,7 +53,11 @@ def leave(code: int) -> NoReturn:
     """Ends the process at once; all files must be closed.
 
     gloo's threads outlive the interpreter and at times abort an orderly exit: a finished rank would look like a crash.
+    A torchrun that restarts what fails is ended too where that would not help: after a stop on request, a bad config.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if code in (STOPPED, USAGE) and restarts and os.environ["LOCAL_RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
     os._exit(code)

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ class Metrics:
         self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
         self.ranks = [ranks[0] for ranks in placement.seats]
         self.active = placement.rank == 0
+        self._lost = False  # some records, to a full disk
         self._clear()
         if self.active:
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -63,8 +66,9 @@ class Metrics:
                     wait_seconds=round(float(self._wait[self.ranks[task]]), 4),
                 )
             means = {"mean/loss": loss.mean(), "mean/accuracy": accuracy.mean(), "steps_per_second": rate}
-            for tag, value in means.items():
-                self.board.add_scalar(tag, value, progress.step)
+            with self._spared():
+                for tag, value in means.items():
+                    self.board.add_scalar(tag, value, progress.step)
             self._show(progress, loss, accuracy, rate)
         self._clear()
 
@@ -78,8 +82,9 @@ class Metrics:
         """Closes the files; what was written stays."""
         if self.active:
             self.bar.close()
-            self.board.close()
-            self.file.close()
+            for file in (self.board, self.file):
+                with self._spared():
+                    file.close()
 
     def _write(self, progress: Progress, **values: float | str) -> None:
         record = {
@@ -89,9 +94,20 @@ class Metrics:
             "inner_step": progress.inner_step,
             **values,
         }
-        self.file.write(json.dumps(record) + "\n")
-        for key in values.keys() - {"task", "steps_per_second", "rank"}:
-            self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
+        with self._spared():
+            self.file.write(json.dumps(record) + "\n")
+            for key in values.keys() - {"task", "steps_per_second", "rank"}:
+                self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """A block whose failure, on a full disk, costs records and not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                say(f"records of metrics are lost: {error}; training goes on")
+            self._lost = True
 
     def _show(self, progress: Progress, loss: torch.Tensor, accuracy: torch.Tensor, rate: float) -> None:
         mean = f"loss {loss.mean():.3f} accuracy {100 * accuracy.mean():.1f} %"

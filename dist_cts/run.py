@@ -1,10 +1,7 @@
 """A meta-training run: its config, and what stands around the loop of meta_train.py."""
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,12 +27,14 @@ from dist_cts.distributed import (
 from dist_cts.exit_codes import DONE, STOPPED, RunError
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner
+from dist_cts.lost_peers import lost_peers_named
 from dist_cts.meta_train import meta_train
 from dist_cts.metrics import Metrics, say
 from dist_cts.models import ModelConfig
 from dist_cts.phi_files import SNAPSHOTS, export_phi, load_phi
 from dist_cts.progress import Progress
 from dist_cts.reducer import Control, MetaReducer, Reduction
+from dist_cts.stop_request import StopRequest, stop_requests
 from dist_cts.sync_batch_norm import synchronise
 
 
@@ -69,6 +68,7 @@ class TrainConfig(Config):
     channels_last: bool = Field(False, description="memory format of images and weights")
     reduction: Reduction = Field("mean", description="mean, or ordered: the same bits on any number of ranks")
     nonfinite: Literal["abort", "skip"] = Field("abort", description="skip: restart that learner from phi, go on")
+    loss_limit: float = Field(100, gt=0, description="a task whose loss exceeds it is reported as diverging")
     log_every: int = Field(100, gt=0, description="inner steps between two records of metrics.jsonl")
     eval_every: int = Field(0, ge=0, description="inner steps between two tests of each theta; 0: never")
     check_every: int = Field(1000, gt=0, description="inner steps between two comparisons of phi over the ranks")
@@ -83,24 +83,28 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, fresh: bool = False) -> int:
     """Meta-trains on this rank of torchrun (or alone), going on from what the run folder holds; gives the exit code.
+
+    `fresh` starts anew and keeps what the folder held under another name; a restart of a fresh run goes on.
 
     Raises:
         ValueError, FileNotFoundError: the run cannot start as configured.
         RunError: it failed on the way.
     """
     device = pick_device(config.device)
-    with process_group(device, config.timeout_seconds):
+    with process_group(device, config.timeout_seconds), stop_requests() as stop, lost_peers_named() as roll:
+        fresh = fresh and not run_folder.restarted()
         with together():
-            run = Run(config, device)
+            run = Run(config, device, stop, fresh)
+        roll.describe = run.whereabouts
         return run.train()
 
 
 class Run:
     """This rank's share of a run: its learners, the replicated phi, and what happens after each step."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, stop: StopRequest, fresh: bool = False) -> None:
         """Opens and checks all that can be wrong on one rank alone; exchanges nothing with the others."""
         self.algorithm = make_algorithm(
             config.algorithm, config.method, inner_steps=config.inner_steps, meta_lr=config.meta_lr, seed=config.seed
@@ -108,12 +112,14 @@ class Run:
         self.names = [task.name for task in config.tasks]
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"tasks: a name stands twice in {', '.join(self.names)}")
-        self.config, self.device, self.folder = config, device, config.run_dir
+        self.config, self.device, self.stop, self.folder = config, device, stop, config.run_dir
+        self.progress = Progress(config.inner_steps)
+        self.diverging: set[int] = set()  # tasks already reported
         self.placement = place(len(self.names), dist.get_world_size(), dist.get_rank())
         self.learners = [self._learner(config.tasks[task]) for task in self.placement.local_tasks]
         if self.placement.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = run_folder.lock(self.folder)
+            with run_folder.written(self.folder):
+                self.lock = run_folder.occupy(self.folder, fresh)
 
     def train(self) -> int:
         """Resumes, runs the loop, exports phi; 0, or 75 when it was asked to stop."""
@@ -122,17 +128,17 @@ class Run:
         self.layout = self.learners[0].flat.body_layout
         check_layouts(self.layout)
         self.phi = self._phi_zero()
-        self.progress = Progress(config.inner_steps)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint, placement, warn=say)
         resumed = self.checkpoints.load_newest(self.phi, self.layout, self.learners, config)
         self.progress.step = resumed or 0
         for learner in self.learners:
             learner.batches.seek(self.progress.step)
-        if placement.rank == 0:
-            run_folder.describe(self.folder, config, self.device, placement.world_size)
         self.reducer = MetaReducer(self.phi, self.learners, placement, config.reduction)
         steps = config.episodes * config.inner_steps
-        self.metrics = Metrics(self.folder, self.names, placement, self.progress, steps)
+        with together(), run_folder.written(self.folder):
+            if placement.rank == 0:
+                run_folder.describe(self.folder, config, self.device, placement.world_size)
+            self.metrics = Metrics(self.folder, self.names, placement, self.progress, steps)
         evaluations = self.algorithm.evaluations_per_meta_update(config.inner_steps)
         say(f"{config.algorithm}: {evaluations:g} gradient evaluations a task for each update of phi")
         if note := self.algorithm.cost_note(config.inner_steps):
@@ -140,7 +146,7 @@ class Run:
         if resumed is not None:
             say(f"going on from the checkpoint of step {resumed}")
         self.started = time.monotonic()
-        with closing(self.metrics), self._stop_signals(), _lost_peers_named():
+        with closing(self.metrics):
             meta_train(
                 self.phi,
                 self.learners,
@@ -157,8 +163,8 @@ class Run:
     def after_step(self) -> None:
         """Obeys the control tail, logs, tests, saves: whatever is decided here, all ranks decide at the same step."""
         config, step = self.config, self.progress.step
-        if config.max_minutes and time.monotonic() - self.started > 60 * config.max_minutes:
-            self.reducer.stop_requested = True
+        late = config.max_minutes and time.monotonic() - self.started > 60 * config.max_minutes
+        self.reducer.stop_requested = bool(late) or self.stop.made
         log, save = step % config.log_every == 0, self.checkpoints.due(step)
         for control in self.reducer.received(flush=log or save):
             self._obey(control)
@@ -173,9 +179,22 @@ class Run:
         if save:
             self._save(wait=False)
 
+    def whereabouts(self, ranks: list[int]) -> str:
+        """Ranks with their tasks, and the step that this rank is at: `rank 1 (task b), in step 17`."""
+        seats = list(zip(self.names, self.placement.seats, strict=True))
+        tasks = {rank: ", ".join(name for name, seated in seats if rank in seated) for rank in ranks}
+        return f"{', '.join(f'rank {rank} (task {tasks[rank]})' for rank in ranks)}, in step {self.progress.step},"
+
     def _obey(self, control: Control) -> None:
         self.metrics.add(control)
         self.progress.stopping |= control.stop
+        limit, beyond = self.config.loss_limit, (control.loss > self.config.loss_limit).nonzero().flatten().tolist()
+        for task in set(beyond) - self.diverging:
+            say(
+                f"step {control.step}: task {self.names[task]} diverges, its loss is {control.loss[task]:.3g} "
+                f"(loss_limit={limit:g}): lower inner.lr or meta_lr"
+            )
+        self.diverging.update(beyond)
         if not control.nonfinite:
             return
         names = ", ".join(self.names[task] for task in control.nonfinite)
@@ -247,8 +266,8 @@ class Run:
         """phi as it is now, for a meta-test of how far meta-learning has come (the paper's Figure 7)."""
         if self.placement.rank == 0:
             path = self.folder / SNAPSHOTS / f"phi_{self.progress.step}.safetensors"
-            path.parent.mkdir(exist_ok=True)
             try:
+                path.parent.mkdir(exist_ok=True)
                 self._export(path)
             except OSError as error:
                 say(f"no snapshot of step {self.progress.step}: {error}; training goes on")
@@ -278,9 +297,9 @@ class Run:
         for learner in self.learners:
             learner.batches.close()
         phi = self.folder / "phi.safetensors"
-        if self.placement.rank == 0:
-            self._export(phi)
-        dist.barrier()
+        with together(), run_folder.written(self.folder):
+            if self.placement.rank == 0:
+                self._export(phi)
         if finished:
             say(f"done: {self.progress.step} steps, phi is in {phi}")
         elif saved:
@@ -289,44 +308,6 @@ class Run:
             raise RunError(f"stopped at step {self.progress.step}, but no checkpoint of it could be written")
         return DONE if finished else STOPPED
 
-    @contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR2 or Ctrl-C to any rank stops all of them cleanly; Ctrl-C again, a second later, at once."""
-
-        def request_stop(number: int, frame: object) -> None:
-            since = time.monotonic() - self.stop_time if self.reducer.stop_requested else 0.0
-            if number == signal.SIGINT and since > 1:  # a terminal's Ctrl-C reaches a rank twice, through torchrun too
-                raise KeyboardInterrupt
-            if not self.reducer.stop_requested:
-                self.stop_time = time.monotonic()
-            self.reducer.stop_requested = True
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals belong to the main thread; a run started from another one is stopped by max_minutes
-            return
-        numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-        before = {number: signal.signal(number, request_stop) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 def _memory_format(config: TrainConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
-
-
-@contextmanager
-def _lost_peers_named() -> Iterator[None]:
-    """Turns what gloo and NCCL raise when a rank is gone into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, dist.DistError) or "gloo" in text:
-            raise RunError(
-                f"another rank is gone or has not answered in time ({text[:160]}). "
-                "Start the same command again: it goes on from the newest checkpoint"
-            ) from error
-        raise

@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file with what differs from the defaults")
+    parser.add_argument("--fresh", action="store_true", help="start anew; what the run folder holds moves to NAME.1")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         from dist_cts import config, run
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir = settings.run_dir or default_run_dir(args.config)
         stopped = run_dir / "stopped"  # exit code 75, for those who start torchrun and are given 1
         stopped.unlink(missing_ok=True)
-        code = run.train(settings.model_copy(update={"run_dir": run_dir}))
+        code = run.train(settings.model_copy(update={"run_dir": run_dir}), args.fresh)
         if code == STOPPED:
             stopped.touch()
         return code

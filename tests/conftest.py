@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from commands import Command
 
 torch.set_num_threads(1)
 # Ranks are forked from a process that has torch loaded but has started no thread: milliseconds instead of seconds.
@@ -82,3 +85,38 @@ def tasks(tmp_path_factory):
     for index, name in enumerate("abcd"):
         write_task(folder, name, classes=3 + index, pixels=8 + 4 * (index % 2), seed=index)
     return folder
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(script, *arguments, **options) -> Command; whatever still runs at the end is killed."""
+    started = []
+
+    def start(script, *arguments, **options):
+        folder = tmp_path / f"command-{len(started)}"
+        folder.mkdir()
+        started.append(Command(script, *arguments, folder=folder, **options))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(size): a folder in memory of so many KiB; skipped where that is not allowed."""
+    mounted = []
+
+    def mount(kibibytes):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -98,11 +98,12 @@ def train(run, until=STEPS, after_step=lambda step: None):
 
 
 def tensors(run):
-    """Every tensor of this rank's run, copied, and the next batch."""
+    """Every tensor of this rank's run, copied, and the next 100 batches."""
     state = {PHI: run.phi}
     for learner in run.learners:
         state |= {f"{learner.name}.{key}": value for key, value in learner.state_dict().items()}
-        state[f"{learner.name}.next"] = learner.batches.batch_at(learner.batches.step)[0]
+        steps = range(learner.batches.step, learner.batches.step + 100)
+        state[f"{learner.name}.next"] = torch.stack([learner.batches.batch_at(step)[0] for step in steps])
     return copy.deepcopy(state)
 
 
@@ -129,25 +130,6 @@ def on_ranks(run_ranks):
             return [scenario(0, 1, *args)]
 
     return run
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a folder in memory of `size` KiB, with options; skipped where that is not allowed."""
-    mounted = []
-
-    def mount(kibibytes):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting is not allowed here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 # Steps after which the run ends and a new one goes on, several for a run that is broken off more than once.

@@ -1,27 +1,20 @@
 """The commands themselves, as a user starts them."""
 
-import itertools
 import json
-import multiprocessing
-import os
 import re
-import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from commands import ENVIRONMENT, assert_equal, own_lines, phi, records
 
 from dist_cts import models
 from dist_cts.models import ModelConfig
-
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @pytest.fixture
@@ -45,90 +38,10 @@ checkpoint: {{every_steps: 4}}
     return path
 
 
-class Command:
-    """A command of launch/ under way: by torchrun on `ranks`, otherwise as one process, forked with torch loaded."""
-
-    def __init__(self, script, *arguments, ranks=None, folder):
-        self.out, self.err = folder / "stdout", folder / "stderr"
-        arguments = [str(ROOT / "launch" / script), *map(str, arguments)]
-        if ranks is None:
-            run = (arguments, self.out, self.err)
-            self.process = multiprocessing.get_context("forkserver").Process(target=_run_script, args=run)
-            self.process.start()
-        else:
-            with self.out.open("w") as out, self.err.open("w") as err:
-                command = [*TORCHRUN, f"--nproc_per_node={ranks}", *arguments]
-                self.process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=err)
-        self.ranks = ranks
-
-    def running(self):
-        return self.process.is_alive() if self.ranks is None else self.process.poll() is None
-
-    def signal(self, number):
-        os.kill(self.process.pid, number)
-
-    def finish(self, timeout=100):
-        """Exit code, stdout and stderr."""
-        deadline = time.monotonic() + timeout
-        while self.running() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if hung := self.running():
-            self.process.kill()
-        if self.ranks is None:
-            self.process.join()
-            code = self.process.exitcode
-        else:
-            code = self.process.wait()
-        assert not hung, f"no end after {timeout} s: {self.err.read_text()}"
-        return code, self.out.read_text(), self.err.read_text()
-
-
-def _run_script(arguments, out, err):
-    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(ENVIRONMENT)
-    os.chdir(ROOT)
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS would have, had torch not been loaded; sums depend on it
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
-@pytest.fixture
-def start(tmp_path):
-    """start(script, *arguments, ranks=None) -> Command."""
-    numbers = itertools.count()
-
-    def start(script, *arguments, ranks=None):
-        folder = tmp_path / f"command-{next(numbers)}"
-        folder.mkdir()
-        return Command(script, *arguments, ranks=ranks, folder=folder)
-
-    return start
-
-
 @pytest.fixture
 def run(start):
     """run(script, *arguments, ranks=None) -> exit code, stdout, stderr."""
     return lambda *arguments, ranks=None: start(*arguments, ranks=ranks).finish()
-
-
-def own_lines(err):
-    """What our program printed, without torchrun's own report."""
-    return [line for line in err.splitlines() if re.match(r"(error:|step |done|stopped|going on)", line)]
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def phi(folder):
-    return safetensors.torch.load_file(folder / "phi.safetensors")
-
-
-def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_path):
@@ -184,15 +97,15 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
     code, _, err = process.finish()
     assert code == 75, err
     stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", err)[1])
-    end = stopped + 7 - stopped % 5
-    keys[0] = f"episodes={-(-end // 5)}"
+    episodes = stopped // 5 + 2
+    keys[0] = f"episodes={episodes}"
     code, _, err = run("train.py", "--config", config, *keys)
     assert code == 0, err
     assert f"going on from the checkpoint of step {stopped}" in err
     code, _, err = run("train.py", "--config", config, *keys, f"run_dir={tmp_path / 'whole'}", ranks=2)
     assert code == 0, err
     assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
-    names = {f"phi_{step}.safetensors" for step in range(25, end + 1, 25)}
+    names = {f"phi_{step}.safetensors" for step in range(25, 5 * episodes + 1, 25)}
     for folder in (tmp_path / "run" / "snapshots", tmp_path / "whole" / "snapshots"):
         assert {path.name for path in folder.iterdir()} == names
     for name in names:
@@ -237,67 +150,32 @@ def test_a_world_size_that_fits_no_layout_is_one_line(run, config):
     assert "2 tasks do not fit evenly on 3 ranks" in err
 
 
-def test_nan_in_one_task_names_it_and_skip_goes_on(run, config, tmp_path, monkeypatch):
-    poison = tmp_path / "sitecustomize.py"  # the only way to get NaN out of finite pixels
-    poison.write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import dist_cts.data.augment as a\n"
-        "    plain, calls = a.augment, []\n"
-        "    def poisoned(*args, **kwargs):\n"
-        "        calls.append(0)\n"
-        "        return plain(*args, **kwargs) * (float('nan') if len(calls) == 4 else 1)\n"
-        "    a.augment = poisoned\n"
-    )
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
-    code, _, err = run("train.py", "--config", config, "tasks=[a, b]", ranks=2)
-    assert code == 1
-    assert err.count("error: ") == 1
-    assert "error: step 4: the update of task b is not finite; phi does not contain it" in err
-    keys = ["tasks=[a, b]", "nonfinite=skip", f"run_dir={tmp_path / 'skip'}"]
-    code, _, err = run("train.py", "--config", config, *keys, ranks=2)
-    assert code == 0, err
-    assert "step 4: the update of task b is not finite; that learner starts again from phi" in err
-    assert all(torch.isfinite(tensor).all() for tensor in phi(tmp_path / "skip").values())
+def test_fresh_starts_anew_and_keeps_what_was_there(run, start, config, tmp_path):
+    for seed in (0, 1, 2):
+        code, _, err = start("train.py", "--config", config, "--fresh", f"seed={seed}", forked=2).finish()
+        assert code == [0, 0], err
+        assert "going on" not in err
+        assert {path.name for path in tmp_path.glob("run*")} == {"run", *(f"run.{n + 1}" for n in range(seed))}
+    kept = [phi(tmp_path / name) for name in ("run.1", "run.2", "run")]
+    assert not any(torch.equal(kept[n]["conv1.weight"], kept[n - 1]["conv1.weight"]) for n in range(3))
+    assert "seed: 0" in (tmp_path / "run.1" / "config.yaml").read_text()
 
 
-def test_a_dead_loader_thread_is_named_by_its_rank_and_ends_all(start, config, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import dist_cts.data.source as s\n"
-        "    plain = s._ffcv_classes\n"
-        "    def broken():\n"
-        "        loader, iterator = plain()\n"
-        "        def run_pipeline(self, batch, *rest):\n"
-        "            if batch == 6:\n"
-        "                raise OSError('disk gone')\n"
-        "            return super(iterator, self).run_pipeline(batch, *rest)\n"
-        "        iterator.run_pipeline = run_pipeline\n"
-        "        return loader, iterator\n"
-        "    s._ffcv_classes = broken\n"
-    )
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
-    process = start("train.py", "--config", config, "tasks=[a, b]", "data.cache=stream", ranks=2)
-    code, _, err = process.finish(timeout=90)
-    assert code == 1
-    assert "error: rank 1: task b, step 6: the loader thread of " in err
-    assert "disk gone" in err
-    assert "rank0]: Traceback" not in err
-
-
-def test_a_second_run_in_the_folder_is_refused(run, start, config, tmp_path):
+def test_a_second_run_in_the_folder_is_refused_even_a_fresh_one(run, start, config, tmp_path):
     process = start("train.py", "--config", config, "episodes=100000")
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert process.running(), process.finish()
             time.sleep(0.1)
-        code, _, err = run("train.py", "--config", config)
-        assert code == 2
-        assert "is in use by another run" in err
+        for arguments in ([], ["--fresh"]):
+            code, _, err = run("train.py", "--config", config, *arguments)
+            assert code == 2
+            holder = f"another run (process {process.process.pid} on {socket.gethostname()})"
+            assert f"error: {tmp_path / 'run'} is in use by {holder}: stop it, or choose another run_dir" in err
     finally:
         process.signal(signal.SIGTERM)
         assert process.finish()[0] == 75
+    assert not (tmp_path / "run.1").exists()
 
 
 def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, tasks):

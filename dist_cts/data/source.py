@@ -90,10 +90,11 @@ class StreamingSource:
     def __init__(self, path: Path, manifest: Manifest, device: torch.device, workers: int = 1) -> None:
         self.path, self.manifest, self.device, self.workers = path, manifest, device, workers
         self.labels = _records(path, manifest)["label"].copy()
+        self._identity = _identity(path)
         self._feeds: weakref.WeakSet[StreamingFeed] = weakref.WeakSet()
 
     def feed(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "StreamingFeed":
-        feed = StreamingFeed(self, rows, size, step)
+        feed = StreamingFeed(self, self._unchanged(rows), size, step)
         self._feeds.add(feed)
         return feed
 
@@ -107,6 +108,15 @@ class StreamingSource:
     def close(self) -> None:
         for feed in list(self._feeds):
             feed.close()
+
+    def _unchanged(self, rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The rows, while the file is the one that was verified: FFCV would decode any other as it comes, and reading
+        behind a new end is a bus error.
+        """
+        for row in rows:
+            if _identity(self.path) != self._identity:
+                raise ValueError("the file was changed during the run")
+            yield row
 
     @functools.cached_property
     def loader(self) -> Any:
@@ -232,6 +242,12 @@ def _ffcv_classes() -> tuple[type, type]:
                 self.fault = fault
 
     return Loader, RowIterator
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with a file; microseconds."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _records(path: Path, manifest: Manifest) -> np.ndarray:

@@ -1,0 +1,123 @@
+"""The fault that FAULT describes, put into this process if it is the right rank's; once, whatever is restarted.
+
+    {"rank": 1, "step": 17, "act": "kill", "once": PATH, "at": "gradient", "argument": null}
+
+`run`: only once that folder has a checkpoint. `at`: in the gradient of that step, in the test of theta after it, in the
+writing of a checkpoint's n-th file, or in the loader's thread.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from dist_cts import checkpoint_files, lost_peers
+from dist_cts.data import source
+from dist_cts.learner import TaskLearner
+from dist_cts.run import Run
+
+fault = json.loads(os.environ["FAULT"])
+lost_peers.LOOK, lost_peers.PATIENCE = 0.1, 1.5
+
+
+def flip_bits(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 255]))
+
+
+def fill(path: str) -> None:
+    """Until nothing fits on the disk any more."""
+    with suppress(OSError):
+        Path(path).write_bytes(bytes(1 << 22))
+
+
+ACTS = {
+    "kill": lambda learner, _: os.kill(os.getpid(), signal.SIGKILL),
+    "segv": lambda learner, _: ctypes.string_at(0),
+    "stop": lambda learner, _: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda learner, _: os.kill(os.getpid(), signal.SIGTERM),
+    "exit": lambda learner, _: os._exit(3),
+    "kill the agent": lambda learner, _: os.kill(os.getppid(), signal.SIGKILL),
+    "sleep": lambda learner, seconds: time.sleep(seconds),
+    "inf": lambda learner, _: learner.flat.grad[:1].fill_(float("inf")),
+    "nan": lambda learner, _: learner.batch[0].fill_(float("nan")),
+    "fill": lambda learner, path: fill(path),
+    "truncate": lambda learner, path: os.truncate(path, 5000),
+    "flip": lambda learner, path: flip_bits(path),
+}
+
+
+def act(learner: TaskLearner | None = None) -> None:
+    once, patience = Path(fault["once"]), 300
+    while fault.get("run") and not any(Path(fault["run"], "checkpoints").glob("step-????????")) and patience:
+        patience -= 1
+        time.sleep(0.1)
+    if not once.exists():
+        once.touch()
+        ACTS[fault["act"]](learner, fault.get("argument"))
+
+
+def at_gradient() -> None:
+    compute_gradient = TaskLearner.compute_gradient
+
+    def compute(learner, batch):
+        if due := learner.batches.step == fault["step"] and fault["act"] != "inf":
+            act(learner)
+        result = compute_gradient(learner, batch)
+        if learner.batches.step == fault["step"] and not due:
+            act(learner)
+        return result
+
+    TaskLearner.compute_gradient = compute
+
+
+def at_test() -> None:
+    test = Run._test
+
+    def tested(run):
+        if run.progress.step == fault["step"]:
+            act()
+        test(run)
+
+    Run._test = tested
+
+
+def at_file() -> None:
+    write_file, files = checkpoint_files.write_file, []
+
+    def written(path, data):
+        files.append(path)
+        if len(files) == fault["step"]:
+            path.write_bytes(data[: len(data) // 2])
+            act()
+        write_file(path, data)
+
+    checkpoint_files.write_file = written
+
+
+def at_loader() -> None:
+    """The loader's thread raises when it decodes the batch of that step."""
+    classes = source._ffcv_classes
+
+    def broken():
+        loader, iterator = classes()
+
+        class Broken(iterator):
+            def run_pipeline(self, batch, *rest):
+                if batch == fault["step"]:
+                    raise OSError("disk gone")
+                return super().run_pipeline(batch, *rest)
+
+        return loader, Broken
+
+    source._ffcv_classes = broken
+
+
+if int(os.environ.get("RANK", 0)) == fault["rank"]:
+    {"gradient": at_gradient, "test": at_test, "file": at_file, "loader": at_loader}[fault.get("at", "gradient")]()

@@ -1,0 +1,365 @@
+"""What goes wrong on a cluster, put into real runs at random steps: they end in time, with a line, and lose nothing.
+
+After every fault the same command is given again, and phi has the bits of a run that nothing disturbed. Ranks are
+forked where torchrun itself plays no part. `make faults` runs all of them, `make test` those without the mark.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+from commands import Command, assert_equal, phi
+from test_checkpoint import DAMAGES
+
+STEPS, SAVE = 30, 4
+LIMIT = 120  # seconds: what takes longer counts as a hang
+RESTARTS = ["--max-restarts=2", "--shutdown-timeout=5"]
+full = pytest.mark.faults
+pytestmark = pytest.mark.timeout(3 * LIMIT)
+
+
+def write_config(path, tasks, run_dir):
+    path.write_text(
+        f"""
+tasks: [a, b]
+episodes: {STEPS // 5}
+inner_steps: 5
+meta_lr: 0.5
+batch_size: 8
+log_every: 5
+reduction: ordered
+timeout_seconds: 30
+run_dir: {run_dir}
+device: cpu
+model: {{name: tiny}}
+data: {{root: {tasks}}}
+checkpoint: {{every_steps: {SAVE}}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, tasks):
+    return write_config(tmp_path / "small.yaml", tasks, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tasks):
+    """phi of a run that nothing disturbs; with ordered reduction one process gives the bits of two."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = Command("train.py", "--config", write_config(folder / "small.yaml", tasks, folder), folder=folder)
+    code, _, err = command.finish()
+    assert code == 0, err
+    return phi(folder)
+
+
+@pytest.fixture
+def fault(tmp_path):
+    """fault(act, ...): the environment in which a rank has that fault, at a random step after the first checkpoint."""
+
+    def fault(act, rank=1, **details):
+        step = random.Random(f"{act} {rank} {details}").randint(SAVE + 2, STEPS - 3)
+        where = {"once": f"{tmp_path}/once", "run": f"{tmp_path}/run"}
+        return {"FAULT": json.dumps({"act": act, "rank": rank, "step": step, **where, **details})}
+
+    return fault
+
+
+@pytest.fixture
+def train(start, config):
+    """train(*keys, **options): a training by two forked ranks, to its end; exit codes and stderr."""
+
+    def train(*keys, forked=2, **options):
+        code, _, err = start("train.py", "--config", config, *keys, forked=forked, **options).finish(LIMIT)
+        return code, err
+
+    return train
+
+
+def errors(err):
+    return [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("act", "rank"),
+    [
+        ("kill", 1),
+        *(
+            pytest.param(*case, marks=full)
+            for case in [("kill", 0), ("segv", 1), ("exit", 0), ("stop", 1), ("stop", 0)]
+        ),
+    ],
+)
+def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(train, fault, tmp_path, undisturbed, act, rank):
+    environment = fault(act, rank)
+    step = json.loads(environment["FAULT"])["step"]
+    codes, err = train("timeout_seconds=8", environment=environment)
+    assert codes[1 - rank] == 1, err
+    (line,) = errors(err)
+    assert line == (
+        f"error: rank {rank} (task {'ab'[rank]}), in step {step}, is gone or does not answer; "
+        "the same command goes on from the newest checkpoint"
+    )
+    codes, err = train()
+    assert codes == [0, 0], err
+    assert "going on from the checkpoint of step " in err
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+@pytest.mark.parametrize(("rank", "file"), [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)])
+def test_a_rank_killed_in_the_middle_of_any_file_of_a_checkpoint_loses_nothing(
+    train, fault, tmp_path, undisturbed, rank, file
+):
+    codes, err = train(environment=fault("kill", rank, at="file", step=file, run=None))
+    assert codes[rank] == -signal.SIGKILL, err
+    assert train()[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+def test_a_rank_killed_while_the_thetas_are_tested_loses_nothing(train, fault, tmp_path, undisturbed):
+    codes, err = train("eval_every=5", environment=fault("kill", 1, at="test", step=15))
+    assert codes == [1, -signal.SIGKILL]
+    assert "rank 1 (task b), in step 15, is gone" in err
+    assert train("eval_every=5")[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+def test_a_stop_of_one_rank_stops_all_at_the_same_step(train, fault, tmp_path, undisturbed):
+    codes, err = train("checkpoint.every_steps=0", environment=fault("term", run=None))
+    assert codes == [75, 75], err
+    assert re.search(r"stopped at step \d+, a checkpoint is written", err)
+    codes, err = train("checkpoint.every_steps=0")
+    assert codes == [0, 0]
+    assert "going on from" in err
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@pytest.mark.parametrize("act", [pytest.param("nan", marks=full), "inf"])
+def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path, undisturbed, act):
+    environment = fault(act)
+    step = json.loads(environment["FAULT"])["step"]
+    codes, err = train(environment=environment)
+    assert codes == [1, 1]
+    assert len(errors(err)) == 1, err
+    assert f"error: step {step}: the update of task b is not finite; phi does not contain it" in err
+    assert train()[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+    (tmp_path / "once").unlink()
+    codes, err = train("nonfinite=skip", f"run_dir={tmp_path / 'skip'}", environment=environment)
+    assert codes == [0, 0], err
+    assert f"step {step}: the update of task b is not finite; that learner starts again from phi" in err
+    assert all(tensor.isfinite().all() for tensor in phi(tmp_path / "skip").values())
+
+
+@full
+def test_a_straggler_delays_and_changes_nothing(train, fault, tmp_path, undisturbed):
+    codes, err = train("checkpoint.every_steps=0", environment=fault("sleep", argument=5, run=None))
+    assert codes == [0, 0], err
+    assert errors(err) == []
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+@pytest.mark.parametrize("act", ["truncate", "flip", "loader"])
+def test_a_loader_that_fails_or_whose_file_changes_is_named(train, fault, tmp_path, tasks, undisturbed, act):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    beton = tmp_path / "tasks" / "b" / "train.beton"
+    content = beton.read_bytes()
+    keys = ["data.cache=stream", f"data.root={beton.parent.parent}"]
+    details = {"at": "loader"} if act == "loader" else {"argument": str(beton)}
+    codes, err = train(*keys, environment=fault(act, **details))
+    assert codes == [1, 1]
+    assert len(errors(err)) == 2, err
+    cause = "OSError: disk gone" if act == "loader" else "ValueError: the file was changed during the run"
+    assert re.search(rf"error: rank 1: task b, step \d+: the loader thread of {beton} died \({cause}\)", err)
+    assert "error: rank 1 (task b), in step " in err
+    if act != "loader":
+        codes, err = train(*keys)
+        assert codes == [2, 2]
+        assert f"error: rank 1: {beton}: " in err
+    beton.write_bytes(content)
+    assert train(*keys)[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+@pytest.mark.parametrize("damage", ["half", "a bit in the middle"])
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, undisturbed, damage):
+    for files in range(4):
+        folder = tmp_path / f"run-{files}"
+        keys = [f"run_dir={folder}", "checkpoint={every_steps: 4, keep: 9}"]
+        assert train(*keys, f"episodes={STEPS // 10}")[0] == [0, 0]
+        newest = max((folder / "checkpoints").glob("step-????????"))
+        torn = sorted(newest.iterdir())[files]
+        DAMAGES[damage](torn)
+        codes, err = train(*keys)
+        assert codes == [0, 0]
+        assert f"a damaged checkpoint is passed over: {torn}" in err
+        assert_equal(phi(folder), undisturbed)
+
+
+@full
+def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(train, fault, small_disk, tmp_path, undisturbed):
+    disk = small_disk(2000)
+    run, ballast = disk / "run", disk / "ballast"
+    codes, err = train(f"run_dir={run}", environment=fault("fill", 0, argument=str(ballast), run=str(run)))
+    assert codes == [1, 1], err  # phi cannot be written either
+    assert re.search(
+        r"no checkpoint of step \d+: .*No space left.*training goes on, the last good one is of step \d+", err
+    )
+    assert f"step {STEPS}/{STEPS} " in err
+    full_disk = f"{run} cannot be written (No space left on device); once it can, the same command goes on"
+    assert [line.endswith(full_disk) for line in errors(err)] == [True], err
+    codes, err = train(f"run_dir={run}")
+    assert codes == [1, 1]
+    assert [line.endswith(full_disk) for line in errors(err)] == [True], err
+    ballast.unlink()
+    assert train(f"run_dir={run}")[0] == [0, 0]
+    assert_equal(phi(run), undisturbed)
+
+
+@full
+def test_a_read_only_run_folder_is_one_line(train, small_disk, tmp_path):
+    disk = small_disk(2000)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    codes, err = train(f"run_dir={disk / 'run'}")
+    assert codes == [1, 1]
+    assert len(errors(err)) == 1, err
+    assert f"{disk / 'run'} cannot be written (Read-only file system)" in err
+
+
+@full
+def test_the_clock_stops_a_run(train, tmp_path, undisturbed):
+    codes, err = train("max_minutes=0.01", "episodes=100000", "log_every=1000")
+    assert codes == [75, 75]
+    stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", err)[1])
+    codes, err = train(f"episodes={-(-stopped // 5) + 1}")
+    assert codes == [0, 0]
+    assert f"going on from the checkpoint of step {stopped}" in err
+    whole = ["--config", tmp_path / "small.yaml", f"run_dir={tmp_path / 'whole'}"]
+    assert train(f"episodes={-(-stopped // 5) + 1}", f"run_dir={tmp_path / 'whole'}")[0] == [0, 0], whole
+    assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
+
+
+@full
+def test_an_edited_config_is_refused_with_its_keys(train, tmp_path):
+    assert train("episodes=1")[0] == [0, 0]
+    codes, err = train("inner.lr=0.5", "loss_limit=5")
+    assert codes == [2, 2]
+    assert "inner.lr was 0.01, is 0.5" in err
+    assert "loss_limit" not in err
+
+
+@pytest.fixture
+def torchrun(start, config):
+    """torchrun(*keys, options, ranks): the same training by torchrun."""
+    return lambda *keys, **options: start("train.py", "--config", config, *keys, **{"ranks": 2, **options})
+
+
+@pytest.fixture
+def port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def nodes(port):
+    address = f"--rdzv-endpoint=127.0.0.1:{port}"
+    return [*RESTARTS, "--nnodes=2", "--rdzv-backend=c10d", address, "--rdzv-id=test", "--local-addr=127.0.0.1"]
+
+
+@full
+@pytest.mark.parametrize("act", ["kill", "stop"])
+def test_torchrun_restarts_what_lost_a_rank_with_the_bits_of_an_undisturbed_run(
+    torchrun,
+    fault,
+    tmp_path,
+    undisturbed,
+    act,
+):
+    options = {"options": ["--standalone", *RESTARTS], "environment": fault(act)}
+    code, _, err = torchrun("timeout_seconds=8", **options).finish(LIMIT)
+    assert code == 0, err
+    assert len(errors(err)) == 1
+    assert "error: rank 1 (task b), in step " in err
+    assert "going on from the checkpoint of step " in err
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_nodes_restart_when_either_loses_a_rank(torchrun, fault, tmp_path, undisturbed, port, rank):
+    options = {"ranks": 1, "environment": fault("kill", rank)}
+    agents = [torchrun(options=nodes(port), **options) for _ in range(2)]
+    ends = [agent.finish(LIMIT) for agent in agents]
+    err = "".join(err for *_, err in ends)
+    assert [code for code, *_ in ends] == [0, 0], err
+    assert f"error: rank {rank} (task {'ab'[rank]}), in step " in err
+    assert "going on from the checkpoint of step " in err
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
+    torchrun,
+    train,
+    fault,
+    tmp_path,
+    undisturbed,
+):
+    command = torchrun("checkpoint.every_steps=0", environment=fault("kill the agent", run=None))
+    assert command.finish(LIMIT)[0] == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while "a checkpoint is written" not in command.err.read_text():
+        assert time.monotonic() < deadline, command.err.read_text()
+        time.sleep(0.1)
+    time.sleep(1)
+    codes, err = train("checkpoint.every_steps=0")
+    assert codes == [0, 0], err
+    assert "going on from the checkpoint of step " in err
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+def test_torchrun_does_not_restart_what_was_asked_to_stop(torchrun, train, fault, tmp_path, undisturbed):
+    command = torchrun(options=["--standalone", *RESTARTS], environment=fault("term"))
+    code, _, err = command.finish(LIMIT)
+    assert code != 0
+    assert len(re.findall(r"stopped at step \d+, a checkpoint is written", err)) == 1, err
+    assert "going on from" not in err
+    assert train()[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+def test_a_fresh_run_that_is_restarted_goes_on(torchrun, train, fault, tmp_path, undisturbed):
+    assert train("episodes=1", "seed=1")[0] == [0, 0]
+    environment = fault("kill", step=20)
+    code, _, err = torchrun("--fresh", options=["--standalone", *RESTARTS], environment=environment).finish(LIMIT)
+    assert code == 0, err
+    assert "going on from the checkpoint of step " in err
+    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert {path.name for path in tmp_path.glob("run*")} == {"run", "run.1"}
+
+
+@full
+def test_a_rendezvous_port_that_is_taken_ends_torchrun_and_harms_nothing(torchrun, train, tmp_path, undisturbed):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        options = ["--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={taken.getsockname()[1]}"]
+        code, _, err = torchrun(options=options).finish(LIMIT)
+    assert code == 1
+    assert re.search(r"EADDRINUSE|address already in use", err)
+    assert train()[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), undisturbed)

@@ -1,0 +1,103 @@
+"""A whole run in this process: broken off at any step, it goes on with the bits of an undisturbed one."""
+
+import signal
+
+import pytest
+import torch
+
+from dist_cts import run
+from dist_cts.exit_codes import DONE, STOPPED
+from dist_cts.run import Run, TrainConfig
+
+K, M = 5, 3
+# Steps after which the run is stopped and started again, in the order of its starts.
+PATTERNS = {
+    "after the first step": [1],
+    "mid-episode": [K + 2],
+    "at the last step of an episode": [K],
+    "at the first step of the next": [K + 1],
+    "twice in a row": [K + 2, K + 3],
+    "in three episodes": [2, K + 1, 2 * K],
+}
+
+
+@pytest.fixture
+def config(tasks, tmp_path):
+    return TrainConfig(
+        tasks=["a", "b"], episodes=M, inner_steps=K, meta_lr=0.5, batch_size=8, run_dir=tmp_path / "run", device="cpu",
+        eval_every=3, model={"name": "tiny"}, data={"root": tasks}, checkpoint={"every_steps": 0},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """train(config, stop_after=None): exit code, every tensor at the end of the run, and its next 100 batches."""
+
+    def train(config, stop_after=None):
+        seen = {}
+        after_step, end = Run.after_step, Run._end
+
+        def stopped(self):
+            after_step(self)
+            self.progress.stopping |= self.progress.step == stop_after
+
+        def looked_at(self, finished):
+            code = end(self, finished)
+            seen["phi"] = self.phi.clone()
+            for learner in self.learners:
+                seen.update({f"{learner.name}.{key}": v.clone() for key, v in learner.state_dict().items()})
+                images, labels = zip(*(learner.batches.next() for _ in range(100)), strict=True)
+                seen.update(
+                    {f"{learner.name}.images": torch.stack(images), f"{learner.name}.labels": torch.stack(labels)}
+                )
+            return code
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "after_step", stopped)
+            patch.setattr(Run, "_end", looked_at)
+            return run.train(config), seen
+
+    return train
+
+
+def assert_same(seen, expected):
+    assert seen.keys() == expected.keys()
+    assert len(seen) > 10
+    for name in seen:
+        assert torch.equal(seen[name], expected[name]), name
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_resumed_run_has_every_tensor_and_the_next_100_batches_of_an_undisturbed_one(
+    train, config, tmp_path, pattern
+):
+    code, expected = train(config.model_copy(update={"run_dir": tmp_path / "undisturbed"}))
+    assert code == DONE
+    for stop in PATTERNS[pattern]:
+        assert train(config, stop)[0] == STOPPED
+    code, seen = train(config)
+    assert code == DONE
+    assert_same(seen, expected)
+
+
+def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "undisturbed"}))
+    test = Run._test
+
+    def signalled(self):
+        signal.raise_signal(signal.SIGTERM)
+        test(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_test", signalled)
+        assert train(config)[0] == STOPPED
+    code, seen = train(config)
+    assert code == DONE
+    assert_same(seen, expected)
+
+
+def test_a_loss_beyond_its_limit_is_reported_once_for_each_task(train, config, capfd):
+    assert train(config.model_copy(update={"loss_limit": 0.01}))[0] == DONE
+    lines = [line for line in capfd.readouterr().err.splitlines() if "diverges" in line]
+    assert [line.split(", its loss")[0] for line in lines] == [f"step 1: task {name} diverges" for name in "ab"]
+    assert all("(loss_limit=0.01): lower inner.lr or meta_lr" in line for line in lines)

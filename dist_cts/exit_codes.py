@@ -33,7 +33,7 @@ def finish(command: Callable[[], int]) -> int:
     failed) 1. What all ranks share is printed by rank 0 alone, or by the rank that a RunError names.
     """
     speaker = 0
-    faulthandler.enable()  # says where a crash was (SIGSEGV, SIGBUS), which ends the process without an exception
+    faulthandler.enable(2)  # says where a crash was (SIGSEGV, SIGBUS), which ends the process without an exception
     try:
         return command()
     except (ValueError, FileNotFoundError) as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -18,6 +19,17 @@ from dist_cts.data.raw import RawDataset, decode, from_named
 
 Read = Callable[[], bytes]
 LARGEST = 1 << 30  # bytes of a file in an archive; what is packed may claim any size
+
+
+class _Header(tarfile.TarInfo):
+    """A header in a tar; Python's own follows a negative size back to itself for ever."""
+
+    @classmethod
+    def frombuf(cls, *arguments: Any) -> "_Header":
+        header = super().frombuf(*arguments)
+        if not 0 <= header.size <= LARGEST:
+            raise tarfile.ReadError(f"{header.name} has {header.size:,} bytes")
+        return header
 
 
 class NotThere(ValueError):
@@ -118,7 +130,7 @@ def _members(archive: Path) -> Iterator[tuple[str, Read]]:
             plain = _uncompressed(archive)
             members, end = [], plain.seek(0, os.SEEK_END)
             plain.seek(0)
-            with tarfile.open(fileobj=plain, mode="r:") as tar:
+            with tarfile.open(fileobj=plain, mode="r:", tarinfo=_Header) as tar:
                 for member in tar:
                     if not 0 <= member.size <= end - member.offset_data:
                         raise tarfile.ReadError(f"{member.name} does not lie in it")

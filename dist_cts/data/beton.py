@@ -266,7 +266,7 @@ def _convert(images: Sequence[np.ndarray], indices: range, pixels: int, on_error
         except ValueError as fault:
             if on_error == "stop":
                 raise
-            faults.append(str(fault))
+            faults.append(str(fault).encode(errors="backslashreplace").decode())  # names of files may be any bytes
             continue
         if image.dtype != np.uint8 or image.shape not in ((pixels, pixels), (pixels, pixels, 3)):
             raise ValueError(f"image {index} is {image.dtype} {list(image.shape)}, not uint8 of {pixels} pixels")

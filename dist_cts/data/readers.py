@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from importlib import resources
@@ -250,14 +251,15 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             magic = file.read(4)
-            if len(magic) < 4 or magic[:3] != b"\0\0\x08":
+            sizes = file.read(4 * magic[3]) if len(magic) == 4 else b""
+            if magic[:3] != b"\0\0\x08" or not sizes or len(sizes) < 4 * magic[3]:
                 raise ValueError(f"{path}: not an IDX file of bytes")
-            shape = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
+            shape = np.frombuffer(sizes, ">u4").tolist()
             size = math.prod(shape)
             body = file.read(min(size, most) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if len(shape) != magic[3] or len(body) != size or not shape:
+    if len(body) != size:
         raise ValueError(f"{path}: {len(body)} bytes of data where its header says {shape}")
     return np.frombuffer(body, np.uint8).reshape(shape)
 
@@ -288,8 +290,8 @@ def _class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
     if not names:
         raise ValueError(f"{folder}: no class folders in it")
-    if broken := [name for name in names if name.encode(errors="replace").decode() != name]:
-        raise ValueError(f"{folder}: the name of class {broken[0]!r} is not UTF-8")
+    if broken := [name for name in names if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)]:
+        raise ValueError(f"{folder}: the name of class {broken[0]!r} is not UTF-8 without control characters")
     return names, [(path, label) for label, name in enumerate(names) for path in _images(folder / name)]
 
 

@@ -72,8 +72,10 @@ def _table(path: Path) -> tuple[Callable, list, list[str]]:
                 rows = list(csv.DictReader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
-        image, label = _columns(path, rows[0].keys() if rows else ())
+        image, label = _columns(path, [name for name in (rows[0] if rows else ()) if name])
         for number, row in enumerate(rows, 2):
+            if None in row:
+                raise ValueError(f"{path}: line {number} has more cells than line 1: quote what holds a comma")
             if not row[image] or not row[label]:
                 raise ValueError(f"{path}: line {number} lacks a {image} or a {label}")
         return lambda i: _open(path, i, rows[i][image]), [row[label] for row in rows], []
@@ -134,7 +136,7 @@ def _table(path: Path) -> tuple[Callable, list, list[str]]:
 def _open(table: Path, row: int, name: str) -> Image.Image:
     try:
         return open_image(inside(table.parent, name))
-    except ValueError as fault:
+    except (ValueError, OSError) as fault:
         raise ValueError(f"{table}: row {row}: {fault}") from None
 
 

@@ -100,6 +100,9 @@ def test_faults_name_the_file_and_the_row(tmp_path, monkeypatch):
     path.write_text("path,label\na.png,1\nb.png,\n")
     with pytest.raises(ValueError, match=r"t\.csv: line 3 lacks"):
         tables.read(path)
+    path.write_text("path,label\na,b.png,pear\n")  # not the image a of class b.png
+    with pytest.raises(ValueError, match=r"t\.csv: line 2 has more cells"):
+        tables.read(path)
     path.write_text("path,label\na.png,1\n")
     with pytest.raises(ValueError, match=r"a\.png: does not decode"):
         tables.read(path)[0].load(0)

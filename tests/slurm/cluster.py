@@ -1,4 +1,4 @@
-"""A SLURM of our own on this machine: munged, slurmctld and three slurmd on loopback, all state in one folder."""
+"""A SLURM of our own on this machine: munged, slurmctld and two slurmd on loopback, all state in one folder."""
 
 import os
 import re
@@ -21,7 +21,7 @@ munged --foreground --force --socket=$PWD/munge.socket \\
     --key-file=$PWD/munge.key --pid-file=$PWD/munge.pid --log-file=$PWD/munge.log --seed-file=$PWD/munge.seed &
 until [ -e munge.socket ]; do sleep 0.1; done
 slurmctld -D &
-for node in n0 n1 n2; do slurmd -D -N $node & done
+for node in n0 n1; do slurmd -D -N $node & done
 wait
 """
 # Jobs of `high` preempt those of `low`. KillWait: from SIGTERM to SIGKILL. cred_expire: how long a requeued job waits.
@@ -45,12 +45,12 @@ SelectType=select/linear
 SwitchType=switch/none
 MpiDefault=none
 KillWait=20
+MinJobAge=3600
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace}
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
@@ -64,7 +64,7 @@ class Cluster:
         self.work.mkdir()
         (self.work / "launch").symlink_to(ROOT / "launch")
         config = folder / "slurm.conf"
-        config.write_text(CONFIG.format(host=socket.gethostname(), folder=folder, grace=GRACE, ports=_free_ports(4)))
+        config.write_text(CONFIG.format(host=socket.gethostname(), folder=folder, grace=GRACE, ports=_free_ports(3)))
         key = folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
@@ -89,7 +89,7 @@ class Cluster:
                 stderr=out,
             )
         deadline = time.monotonic() + 60
-        while self.run("sinfo", "-h", "-o", "%D %T", check=False) != "3 idle":
+        while self.run("sinfo", "-h", "-o", "%D %T", check=False) != "2 idle":
             assert time.monotonic() < deadline, (self.folder / "daemons.out").read_text()
             time.sleep(0.3)
 

@@ -15,6 +15,7 @@ from tests.slurm.cluster import GRACE, ROOT, Cluster, missing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
+ONE_NODE = "--cpus-per-task=2", ROOT / "launch/slurm/train.sbatch"
 TWO_NODES = "--nodes=2", "--cpus-per-task=1", ROOT / "launch/slurm/train_multinode.sbatch"
 # With SLOW, the first start of a job takes so many seconds a batch more: time to disturb it.
 SLOWER = """\
@@ -57,26 +58,12 @@ def cluster(tmp_path_factory, tasks):
 
 
 @pytest.fixture(scope="module")
-def out_of_time(cluster):
-    """A job whose time ends one to two minutes after it began to train; SLURM looks at that only twice a minute."""
-    job = cluster.sbatch("--time=60", "--signal=TERM@60", *one_node("n2"), "small.yaml", SLOW="0.05")
-    trains(cluster, job)
-    run = datetime.now() - datetime.fromisoformat(cluster.job(job)["StartTime"])
-    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={run.seconds // 60 + 2}")
-    return job
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster, out_of_time):
+def undisturbed(cluster):
     """phi of the same run without SLURM."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "launch/train.py"]
     command += ["--config", "small.yaml", "run_dir=runs/undisturbed"]
     subprocess.run(command, cwd=cluster.work, env=cluster.environment, check=True, timeout=100, capture_output=True)
     return phi(cluster, "undisturbed")
-
-
-def one_node(name):
-    return "--cpus-per-task=2", f"--nodelist={name}", ROOT / "launch/slurm/train.sbatch"
 
 
 def phi(cluster, run):
@@ -107,22 +94,33 @@ def assert_went_on(cluster, job, state, undisturbed):
 
 
 def test_a_preempted_job_goes_on_in_its_folder_with_the_bits_of_an_undisturbed_run(cluster, undisturbed):
-    job = cluster.sbatch(*one_node("n0"), "small.yaml", SLOW="0.05")
+    job = cluster.sbatch(*ONE_NODE, "small.yaml", SLOW="0.05")
     trains(cluster, job)
-    urgent = cluster.sbatch("--partition=high", "--nodelist=n0", "--wrap=true")
+    urgent = cluster.sbatch("--partition=high", "--nodes=2", "--wrap=true")
     # As soon as the ranks have stopped, not at the end of the grace.
     assert cluster.finish(urgent, timeout=GRACE / 2)["JobState"] == "COMPLETED"
     assert_went_on(cluster, job, cluster.finish(job), undisturbed)
 
 
 def test_a_job_that_is_preempted_before_its_ranks_listen_is_requeued(cluster, undisturbed):
-    job = cluster.sbatch(*one_node("n0"), "small.yaml")
+    job = cluster.sbatch(*ONE_NODE, "small.yaml")
     cluster.wait(job, lambda: f"{job}.0" in cluster.run("squeue", "-hs", "-j", job, "-o", "%i"))
-    cluster.sbatch("--partition=high", "--nodelist=n0", "--wrap=true")
+    cluster.sbatch("--partition=high", "--nodes=2", "--wrap=true")
     state = cluster.finish(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert "stopped at step" not in cluster.log(job)
     assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
+
+
+def test_a_job_out_of_time_goes_on_with_the_same_bits(cluster, undisturbed):
+    job = cluster.sbatch("--time=60", "--signal=TERM@120", *ONE_NODE, "small.yaml", SLOW="0.05")
+    trains(cluster, job)
+    run = datetime.now() - datetime.fromisoformat(cluster.job(job)["StartTime"])
+    time_is_up_in_two_minutes = f"TimeLimit={run.seconds // 60 + 2}"
+    cluster.run("scontrol", "update", f"JobId={job}", time_is_up_in_two_minutes)
+    cluster.wait(job, lambda: cluster.job(job)["Restarts"] == "1")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    assert_went_on(cluster, job, cluster.finish(job), undisturbed)
 
 
 def test_of_an_array_the_stopped_job_alone_is_requeued_and_a_cancelled_one_is_not(cluster):
@@ -162,9 +160,3 @@ def test_an_error_ends_the_job_and_the_interface_is_the_one_named(cluster):
     state = cluster.finish(job)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), cluster.log(job)
     assert "nosuch0" in cluster.log(job)
-
-
-def test_a_job_out_of_time_goes_on_with_the_same_bits(cluster, out_of_time, undisturbed):
-    cluster.wait(out_of_time, lambda: cluster.job(out_of_time)["Restarts"] == "1")
-    cluster.run("scontrol", "update", f"JobId={out_of_time}", "TimeLimit=60")
-    assert_went_on(cluster, out_of_time, cluster.finish(out_of_time), undisturbed)

@@ -38,7 +38,7 @@ from dist_cts.learner import TaskLearner
 PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
 # What a resumed run may do otherwise than before: how long, where, what it says and keeps. A section means all of it.
 MAY_DIFFER = (
-    *("episodes", "run_dir", "device", "timeout_seconds", "max_minutes", "nonfinite", "loss_limit"),
+    *("episodes", "run_dir", "device", "placement", "timeout_seconds", "max_minutes", "nonfinite", "loss_limit"),
     *("checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root", "data.cache"),
     *("data.resident_limit_gib", "data.workers", "data.verify"),
 )

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,22 +17,23 @@ from dist_cts.checkpoint import CheckpointConfig, Checkpoints
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
 from dist_cts.distributed import (
+    Placement,
     check_layouts,
     check_same_bits,
     data_group,
     pick_device,
-    place,
     process_group,
     together,
 )
 from dist_cts.exit_codes import DONE, STOPPED, RunError
 from dist_cts.flat import load_named
-from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner
+from dist_cts.learner import Batches, InnerConfig, ResetConfig, TaskLearner
 from dist_cts.lost_peers import lost_peers_named
 from dist_cts.meta_train import meta_train
 from dist_cts.metrics import Metrics, say
 from dist_cts.models import ModelConfig
 from dist_cts.phi_files import SNAPSHOTS, export_phi, load_phi
+from dist_cts.placement import Costs, agree_on_costs, choose_seats, describe, keep_costs
 from dist_cts.progress import Progress
 from dist_cts.reducer import Control, MetaReducer, Reduction
 from dist_cts.stop_request import StopRequest, stop_requests
@@ -66,6 +68,11 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; theta, phi, the mean stay fp32")
     channels_last: bool = Field(False, description="memory format of images and weights")
+    placement: Literal["even", "auto"] | dict[str, list[int]] = Field(
+        "even",
+        description="tasks on ranks: even, where nothing depends on a measurement; auto, by step times measured at the "
+        "first start; or {task: [ranks]}",
+    )
     reduction: Reduction = Field("mean", description="mean, or ordered: the same bits on any number of ranks")
     nonfinite: Literal["abort", "skip"] = Field("abort", description="skip: restart that learner from phi, go on")
     loss_limit: float = Field(100, gt=0, description="a task whose loss exceeds it is reported as diverging")
@@ -95,16 +102,29 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
     device = pick_device(config.device)
     with process_group(device, config.timeout_seconds), stop_requests() as stop, lost_peers_named() as roll:
         fresh = fresh and not run_folder.restarted()
+        costs = None
+        if config.placement == "auto":
+            costs = agree_on_costs(config, device, partial(build_learner, config, device), fresh)
         with together():
-            run = Run(config, device, stop, fresh)
+            run = Run(config, device, stop, fresh, costs)
         roll.describe = run.whereabouts
         return run.train()
+
+
+def build_learner(config: TrainConfig, device: torch.device, name: str, classes: int, batches: Batches) -> TaskLearner:
+    """A task's learner as the config wants it, alone on its rank; its first weights follow from the seed."""
+    model, head = models.build(config.model, classes, config.seed, "head", name)
+    model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    return TaskLearner(name, model, head, batches, config.inner, reset=config.reset, autocast=autocast)
 
 
 class Run:
     """This rank's share of a run: its learners, the replicated phi, and what happens after each step."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, stop: StopRequest, fresh: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, stop: StopRequest, fresh: bool = False, costs: Costs = None
+    ) -> None:
         """Opens and checks all that can be wrong on one rank alone; exchanges nothing with the others."""
         self.algorithm = make_algorithm(
             config.algorithm, config.method, inner_steps=config.inner_steps, meta_lr=config.meta_lr, seed=config.seed
@@ -115,11 +135,13 @@ class Run:
         self.config, self.device, self.stop, self.folder = config, device, stop, config.run_dir
         self.progress = Progress(config.inner_steps)
         self.diverging: set[int] = set()  # tasks already reported
-        self.placement = place(len(self.names), dist.get_world_size(), dist.get_rank())
+        seats, self.costs = choose_seats(config, costs, dist.get_world_size()), costs
+        self.placement = Placement(seats, dist.get_world_size(), dist.get_rank())
         self.learners = [self._learner(config.tasks[task]) for task in self.placement.local_tasks]
         if self.placement.rank == 0:
             with run_folder.written(self.folder):
                 self.lock = run_folder.occupy(self.folder, fresh)
+                keep_costs(self.folder, costs)
 
     def train(self) -> int:
         """Resumes, runs the loop, exports phi; 0, or 75 when it was asked to stop."""
@@ -143,6 +165,8 @@ class Run:
         say(f"{config.algorithm}: {evaluations:g} gradient evaluations a task for each update of phi")
         if note := self.algorithm.cost_note(config.inner_steps):
             say(f"{config.algorithm} {note}")
+        if config.placement != "even":
+            say(describe(placement.seats, self.names, self.costs))
         if resumed is not None:
             say(f"going on from the checkpoint of step {resumed}")
         self.started = time.monotonic()
@@ -226,10 +250,7 @@ class Run:
             data_ranks=placement.data_ranks,
             channels_last=config.channels_last,
         )
-        model, head = models.build(config.model, manifest.classes, config.seed, "head", task.name)
-        model = model.to(self.device, memory_format=_memory_format(config))
-        autocast = torch.bfloat16 if config.precision == "bf16" else None
-        return TaskLearner(task.name, model, head, batches, config.inner, reset=config.reset, autocast=autocast)
+        return build_learner(config, self.device, task.name, manifest.classes, batches)
 
     def _join_data_groups(self) -> None:
         group = data_group(self.placement, self.config.timeout_seconds)
@@ -307,7 +328,3 @@ class Run:
         if not finished and not saved:
             raise RunError(f"stopped at step {self.progress.step}, but no checkpoint of it could be written")
         return DONE if finished else STOPPED
-
-
-def _memory_format(config: TrainConfig) -> torch.memory_format:
-    return torch.channels_last if config.channels_last else torch.contiguous_format

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cts import models
 from dist_cts.algorithms import ALGORITHMS
-from dist_cts.distributed import check_layouts, data_group, place
+from dist_cts.distributed import Placement, check_layouts, data_group, even_seats
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import Progress, meta_train
@@ -42,8 +42,9 @@ def phi_zero():
 
 
 def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext):
-    """phi after M episodes on this rank; the loop runs inside `watch()`."""
-    placement = place(tasks, world_size, rank)
+    """phi after M episodes on this rank; the loop runs inside `watch()`. `tasks`: how many, or the ranks of each."""
+    seats = even_seats(tasks, world_size) if isinstance(tasks, int) else tasks
+    placement = Placement(seats, world_size, rank)
     group = data_group(placement)
     learners = []
     for task in placement.local_tasks:
@@ -90,6 +91,12 @@ def test_cts_equals_the_oracle_on_any_number_of_ranks(run_ranks, world_size):
 
 def test_a_data_group_of_two_ranks_equals_one_rank_with_the_whole_batch(run_ranks):
     phis = run_ranks(4, train, 4, 2, INNER["momentum and decay"])
+    assert_same_bits(phis)
+    assert_close(phis[0], oracle(2, INNER["momentum and decay"]), 1e-6)
+
+
+def test_data_groups_of_unequal_size_equal_the_oracle(run_ranks):
+    phis = run_ranks(6, train, 6, ((0, 1, 2, 3), (4, 5)), INNER["momentum and decay"])
     assert_same_bits(phis)
     assert_close(phis[0], oracle(2, INNER["momentum and decay"]), 1e-6)
 

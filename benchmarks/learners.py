@@ -16,7 +16,7 @@ from dist_cts import models
 from dist_cts.algorithms import ALGORITHMS
 from dist_cts.data import beton
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
-from dist_cts.distributed import pick_device, place, process_group
+from dist_cts.distributed import Placement, pick_device, place, process_group
 from dist_cts.exit_codes import leave
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
@@ -70,11 +70,11 @@ class PlainTask:
 class MetaTraining:
     """Continual trajectory shifting by the real loop, a step at a time: this rank's learners among T tasks."""
 
-    def __init__(self, learners: list[TaskLearner], tasks: int) -> None:
-        """Takes phi from the first learner; every rank builds the same one. `tasks`: T, of all ranks."""
+    def __init__(self, learners: list[TaskLearner], tasks: int, placement: Placement | None = None) -> None:
+        """Takes phi from the first learner; every rank builds the same one. `tasks`: T, of all ranks, placed evenly."""
         self.learners, self.progress = learners, Progress(FOREVER)
         self.phi: Tensor = learners[0].theta.clone()
-        placement = place(tasks, dist.get_world_size(), dist.get_rank())
+        placement = placement or place(tasks, dist.get_world_size(), dist.get_rank())
         self.reducer = MetaReducer(self.phi, learners, placement)
         self.algorithm = ALGORITHMS["cts"]
 

@@ -1,5 +1,6 @@
 """The loop on real gloo ranks against the oracle."""
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -131,19 +132,58 @@ class ReadsBack(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm", ["cts", "no_shifting", "reptile"])
-def test_the_hot_path_reads_nothing_back(monkeypatch, algorithm):
-    monkeypatch.setattr(MetaReducer, "_receive", lambda self: None)  # reads a copy that has long arrived on the host
+@pytest.fixture
+def group_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mode = ReadsBack()
-        train(0, 1, 1, INNER["momentum and decay"], algorithm, watch=lambda: mode)
-        assert mode.found == []
-        with mode:
-            torch.ones(1).item()
-        assert mode.found == ["_local_scalar_dense"]
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("algorithm", ["cts", "no_shifting", "reptile"])
+def test_the_hot_path_reads_nothing_back(group_of_one, monkeypatch, algorithm):
+    monkeypatch.setattr(MetaReducer, "_receive", lambda self: None)  # reads a copy that has long arrived on the host
+    mode = ReadsBack()
+    train(0, 1, 1, INNER["momentum and decay"], algorithm, watch=lambda: mode)
+    assert mode.found == []
+    with mode:
+        torch.ones(1).item()
+    assert mode.found == ["_local_scalar_dense"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations and, in the last inner update, the vectors of at least `numel` that are alive."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count, self.updates, self.vectors = numel, 0, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        self.updates += function.overloadpacket.__name__ == "_fused_sgd_"
+        if self.updates == M * K and not self.vectors:
+            alive = (x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= self.numel)
+            self.vectors = len({x.untyped_storage().data_ptr() for x in alive})
+        return function(*args, **(kwargs or {}))
+
+
+def beside_forward_and_backward(monkeypatch, model, tasks):
+    """The operations of a whole run but forward and backward passes, and how many tensors the model's body has."""
+    monkeypatch.setitem(globals(), "TINY", ModelConfig(name=model))
+    loss = torch.zeros(())
+    monkeypatch.setattr(TaskLearner, "compute_gradient", lambda self, batch: (loss, loss))
+    mode = Operations(FlatLayout.of(phi_zero().items()).numel)
+    train(0, 1, tasks, INNER["momentum and decay"], watch=lambda: mode)
+    return mode, len(phi_zero())
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_step_takes_as_many_operations_for_few_tensors_as_for_many(group_of_one, monkeypatch, tasks):
+    few, tensors = beside_forward_and_backward(monkeypatch, "tiny", tasks)
+    many, more_tensors = beside_forward_and_backward(monkeypatch, "resnet20", tasks)
+    assert more_tensors > 3 * tensors
+    assert few.count == many.count > 0
+    # What the README says: theta, its gradient and momentum of every learner; phi and the reduction's buffer.
+    assert many.vectors == 2 + 3 * tasks
 
 
 def test_a_resumed_progress_counts_on():

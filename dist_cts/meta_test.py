@@ -181,25 +181,30 @@ def report(config: MetaTestConfig, phis: dict[str, str], results: list[dict]) ->
             summary[start][target] = {"accuracy": mean, "ci95": half, "best": best_mean, "best_ci95": best_half}
             summary[start][target] |= {"seeds": last, "best_seeds": best}
     table = markdown(summary, config.targets)
+    if config.eval_points > 1:
+        best_table = markdown(summary, config.targets, "best", "best_ci95")
+        table += f"\nThe best of {config.eval_points} points of each curve, chosen by the test images:\n\n{best_table}"
     origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
     document = {"config": config.model_dump(mode="json"), "starts": origins, "summary": summary, "results": results}
     (config.out / "meta_test.json").write_text(json.dumps(document, indent=1) + "\n")
     (config.out / "meta_test.md").write_text(table)
     plot(summary, config.out / "meta_test.png")
-    print(f"{table}\nTest accuracy in % after {config.steps} steps, mean ± 95 % interval over {config.seeds} seeds.")
+    print(f"Test accuracy in % after {config.steps} steps, mean ± 95 % interval over {config.seeds} seeds:\n\n{table}")
     print(f"Results: {config.out / 'meta_test.json'}, .md and .png")
 
 
-def markdown(summary: dict[str, dict[str, dict]], targets: list[str]) -> str:
+def markdown(
+    summary: dict[str, dict[str, dict]], targets: list[str], value: str = "accuracy", interval: str = "ci95"
+) -> str:
     """A table like the paper's Table 1: a row a start, a column a target and their average, the best in bold."""
-    means = {start: [row[target]["accuracy"] for target in targets] for start, row in summary.items()}
+    means = {start: [row[target][value] for target in targets] for start, row in summary.items()}
     best = [max(column) for column in zip(*means.values(), strict=True)]
     average = {start: float(np.mean(values)) for start, values in means.items()}
     lines = ["| start | " + " | ".join([*targets, "average"]) + " |", "|---" * (len(targets) + 2) + "|"]
     for start, row in summary.items():
         cells = []
         for target, top in zip(targets, best, strict=True):
-            mean, half = row[target]["accuracy"], row[target]["ci95"]
+            mean, half = row[target][value], row[target][interval]
             text = f"{mean:.2f}" if np.isnan(half) else f"{mean:.2f} ± {half:.2f}"
             cells.append(f"**{text}**" if mean == top else text)
         text = f"{average[start]:.2f}"
@@ -236,8 +241,9 @@ def draw_bars(axes: "Axes", summary: dict[str, dict[str, dict]]) -> None:
     for index, (start, row) in enumerate(summary.items()):
         place = np.arange(len(targets)) + (index - (len(summary) - 1) / 2) * width
         halves = np.nan_to_num([row[target]["ci95"] for target in targets])
-        heights = [row[target]["accuracy"] for target in targets]
-        axes.bar(place, heights, 0.9 * width, yerr=halves, capsize=3, label=start, color=colours[start])
+        heights = np.array([row[target]["accuracy"] for target in targets])
+        whiskers = np.minimum(halves, heights), np.minimum(halves, 100 - heights)  # within 0 to 100 %
+        axes.bar(place, heights, 0.9 * width, yerr=whiskers, capsize=3, label=start, color=colours[start])
     axes.set_xticks(np.arange(len(targets)), targets)
     axes.set_ylabel("test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,9 +1,15 @@
 """The meta-test's statistics, subsets and table; tests/test_launch.py runs the command."""
 
+import json
+import math
+
 import numpy as np
 import pytest
+import torch
+from matplotlib import pyplot
 
-from dist_cts.meta_test import balanced_subset, interval, markdown
+from dist_cts.learner import TaskLearner
+from dist_cts.meta_test import Job, MetaTestConfig, adapt, balanced_subset, draw_bars, interval, markdown, report
 
 
 def test_the_interval_is_student_s():
@@ -40,3 +46,43 @@ def test_the_table_marks_the_best_of_every_column():
         "| random | 10.00 ± 0.50 | **30.00 ± 0.50** | 20.00 |",
         "| cts | **20.00 ± 0.50** | 28.00 ± 0.50 | **24.00** |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        ("multi-step", lambda step: 0.2 ** ((step >= 8) + (step >= 14) + (step >= 18))),  # 40, 70 and 90 % of 20 steps
+        ("cosine", lambda step: (1 + math.cos(math.pi * step / 20)) / 2),
+        ("constant", lambda step: 1.0),
+    ],
+)
+def test_every_step_is_taken_at_the_rate_of_its_schedule(monkeypatch, tasks, schedule, share):
+    config = MetaTestConfig(
+        targets=["a"], steps=20, schedule=schedule, batch_size=8, inner={"lr": 0.1}, model={"name": "tiny"},
+        data={"root": tasks}, eval_points=2,
+    )  # fmt: skip
+    rates, inner_step = [], TaskLearner.inner_step
+    monkeypatch.setattr(
+        TaskLearner, "inner_step", lambda self: (rates.append(self.optimizer.param_groups[0]["lr"]), inner_step(self))
+    )
+    curve = adapt(config, Job("a", "random", None, seed=0), torch.device("cpu"))
+    assert [point["step"] for point in curve] == [10, 20]
+    assert rates == pytest.approx([0.1 * share(step) for step in range(20)])
+
+
+def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_path, capsys):
+    config = MetaTestConfig(targets=["x"], steps=20, seeds=2, eval_points=2, out=tmp_path)
+    results = [
+        {"target": "x", "start": "random", "seed": seed, "curve": [{"accuracy": best}, {"accuracy": last}]}
+        for seed, best, last in ((0, 0.5, 0.01), (1, 0.7, 0.21))
+    ]
+    report(config, {}, results)
+    last, best = (tmp_path / "meta_test.md").read_text().split("The best of 2 points")
+    assert "| random | **11.00 ± 127.06** | **11.00** |" in last
+    assert "| random | **60.00 ± 127.06** | **60.00** |" in best
+    assert best.strip() in capsys.readouterr().out
+    figure, axes = pyplot.subplots()
+    draw_bars(axes, json.loads((tmp_path / "meta_test.json").read_text())["summary"])
+    ((low, high),) = (path[:, 1] for path in axes.collections[0].get_segments())
+    assert (low, high) == pytest.approx((0, 100))
+    pyplot.close(figure)

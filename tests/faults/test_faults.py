@@ -5,6 +5,7 @@ forked where torchrun itself plays no part. `make faults` runs all of them, `mak
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -328,6 +329,55 @@ def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
     assert codes == [0, 0], err
     assert "going on from the checkpoint of step " in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
+
+
+@full
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("to", ["rank 1", "torchrun"])
+def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_same_command_goes_on(
+    start, train, config, tmp_path, number, to
+):
+    keys = ["checkpoint.every_steps=0", "episodes=100000"]
+    command = start("train.py", "--config", config, *keys, **({"ranks": 2} if to == "torchrun" else {"forked": 2}))
+    started = time.monotonic()
+    while "step 5/" not in command.err.read_text():
+        assert time.monotonic() < started + 60, command.err.read_text()
+        time.sleep(0.05)
+    os.kill(command.process.pid if to == "torchrun" else command.processes[1].pid, getattr(signal, number))
+    signalled = time.monotonic()
+    code, *_ = command.finish(LIMIT)
+    while not (
+        tmp_path / "run" / "stopped"
+    ).exists():  # SIGUSR2 ends torchrun at once, and its ranks stop by themselves
+        assert time.monotonic() < signalled + 30, command.err.read_text()
+        time.sleep(0.05)
+    assert code == [75, 75] if to == "rank 1" else code != 0
+    stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", command.err.read_text())[1])
+    time.sleep(1)
+    keys[1] = f"episodes={stopped // 5 + 1}"
+    codes, err = train(*keys)
+    assert codes == [0, 0], err
+    assert f"going on from the checkpoint of step {stopped}" in err
+    assert train(*keys, f"run_dir={tmp_path / 'whole'}")[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
+
+
+@full
+def test_ctrl_c_twice_ends_a_run_at_once(start, config, fault):
+    command = start("train.py", "--config", config, forked=2, environment=fault("sleep", 0, argument=60))
+    started = time.monotonic()
+    while "step 5/" not in command.err.read_text():
+        assert time.monotonic() < started + 60, command.err.read_text()
+        time.sleep(0.05)
+    time.sleep(2)  # rank 0 sleeps in a step, so that the first one cannot be obeyed
+    for _ in range(2):
+        os.kill(command.processes[0].pid, signal.SIGINT)
+        time.sleep(1.2)
+    signalled = time.monotonic()
+    codes, _, err = command.finish(LIMIT)
+    assert time.monotonic() < signalled + 15
+    assert codes[0] == 1
+    assert "error: interrupted at once; the same command goes on from the newest checkpoint" in err
 
 
 @full

@@ -150,19 +150,25 @@ def test_the_hot_path_reads_nothing_back(group_of_one, monkeypatch, algorithm):
     assert mode.found == ["_local_scalar_dense"]
 
 
+def vectors(numel):
+    """The memory of all tensors of at least that length."""
+    gc.collect()
+    alive = (x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= numel)
+    return {x.untyped_storage().data_ptr() for x in alive}
+
+
 class Operations(TorchDispatchMode):
-    """Counts operations and, in the last inner update, the vectors of at least `numel` that are alive."""
+    """Counts operations and, in the last inner update, the new vectors of at least `numel`."""
 
     def __init__(self, numel):
         super().__init__()
-        self.numel, self.count, self.updates, self.vectors = numel, 0, 0, 0
+        self.numel, self.count, self.updates, self.vectors, self.before = numel, 0, 0, 0, vectors(numel)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
         self.updates += function.overloadpacket.__name__ == "_fused_sgd_"
         if self.updates == M * K and not self.vectors:
-            alive = (x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= self.numel)
-            self.vectors = len({x.untyped_storage().data_ptr() for x in alive})
+            self.vectors = len(vectors(self.numel) - self.before)
         return function(*args, **(kwargs or {}))
 
 

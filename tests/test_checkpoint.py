@@ -419,15 +419,18 @@ def test_a_fault_of_one_rank_is_one_warning_and_leaves_the_last_good_checkpoint(
 def second_attempt(rank, folder, late_rank):
     """Rank 0's disk is full at once; rank 1 comes late, so that its files of the first attempt outlive it."""
     checkpoint.PATIENCE = 20.0
-    has_failed = folder / "has-failed"
+    has_begun, has_failed = folder / "has-begun", folder / "has-failed"
     run = start(rank, 2, folder, warn=lambda text: has_failed.touch())
     write_file, remove = checkpoint_files.write_file, run.checkpoints._remove_leftovers
     train(run, until=1)
 
     def full(path, data):
+        while not has_begun.exists():  # or rank 1 could find no folder to write to, and leave nothing behind
+            time.sleep(0.01)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def late(path, data):
+        has_begun.touch()
         while not has_failed.exists():
             time.sleep(0.01)
         path.parent.mkdir(exist_ok=True)

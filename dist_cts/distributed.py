@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_cts.exit_codes import RunError
 from dist_cts.flat import FlatLayout
+from dist_cts.host_memory import keep_freed_memory
 
 Seats = tuple[tuple[int, ...], ...]  # the ranks of every task, in task order; a task's ranks ascend
 
@@ -92,11 +93,14 @@ def place(tasks: int, world_size: int, rank: int) -> Placement:
 def pick_device(name: str) -> torch.device:
     """`cpu`, `cuda`, or `auto`: this local rank's GPU where every local rank has one, otherwise the CPU.
 
+    This process is made ready for it.
+
     Raises:
         ValueError: `cuda`, and fewer GPUs than local ranks.
     """
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and gpus < ranks):
+        keep_freed_memory()
         return torch.device("cpu")
     if gpus < ranks:
         raise ValueError(

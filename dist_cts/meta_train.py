@@ -47,7 +47,7 @@ def meta_train(
                 learner.inner_step(algorithm.observe)  # theta <- theta - alpha grad L(theta)
             if k % period == 0:
                 gradients = [algorithm.meta_gradient(learner, phi) for learner in learners]
-                delta = reducer.mean(gradients, progress.step).mul_(-beta)
+                delta = reducer.mean(gradients, progress.step, scale=-beta)
                 phi += delta  # meta-update
                 for learner in learners:
                     algorithm.shift(learner, phi, delta, progress)  # theta <- theta + delta

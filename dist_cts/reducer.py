@@ -61,16 +61,16 @@ class MetaReducer:
         self.buffer = phi.new_zeros(self.rows * numel + 2 + world_size + 4 * tasks)
         self.vectors = self.buffer[: self.rows * numel].view(self.rows, numel)
         self.tail = self.buffer[self.rows * numel :]
-        self.zero = phi.new_zeros(())
+        self.integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[phi.itemsize]
         self.stop_requested = False
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._received: list[Control] = []
 
-    def mean(self, gradients: Iterable[Tensor], step: int) -> Tensor:
-        """The mean over all T tasks [N], the same bits on every rank; valid until the next call.
+    def mean(self, gradients: Iterable[Tensor], step: int, scale: float = 1.0) -> Tensor:
+        """`scale` times the mean over all T tasks [N], the same bits on every rank; valid until the next call.
 
-        `gradients` yields one vector [N] for each local learner, in order. A non-finite one counts as zero and raises
-        its task's flag. Every rank calls this at the same `step`.
+        `gradients` yields one vector [N] for each local learner, in order, which this may overwrite. A non-finite one
+        counts as zero and raises its task's flag. Every rank calls this at the same `step`.
         """
         if self.placement.contributes:  # of a data group, whose ranks hold the same bits, the first
             for row, (gradient, learner) in enumerate(zip(gradients, self.learners, strict=True)):
@@ -81,14 +81,14 @@ class MetaReducer:
         if self.reduction == "mean":
             dist.all_reduce(self.buffer)
             self._send(self.tail, step)
-            return self.vectors[0].div_(self.placement.tasks)
+            return self.vectors[0].mul_(scale / self.placement.tasks)
         gathered = self.buffer.new_empty(self.placement.world_size, self.buffer.numel())
         dist.all_gather_into_tensor(gathered.view(-1), self.buffer)
         self._send(gathered[:, self.rows * self.numel :].sum(0), step)
         total = self.vectors[0].zero_()
         for rank, row in self.places:
             total += gathered[rank, row * self.numel : (row + 1) * self.numel]
-        return total.div_(self.placement.tasks)
+        return total.mul_(scale / self.placement.tasks)
 
     def exchange(self, step: int) -> None:
         """Reduces the tail alone: for algorithms that let many steps pass between two meta-updates."""
@@ -114,10 +114,12 @@ class MetaReducer:
         # The sum is finite unless an element is not; no value comes back to the host.
         finite = torch.isfinite(gradient.sum())
         learner.flag_nonfinite(~finite)
+        # As integers, NaN times 0 is 0, and 1 keeps all bits; on a CPU in half the time of `where`.
         if self.reduction == "ordered" or row == 0:
-            torch.where(finite, gradient, self.zero, out=self.vectors[row])
+            torch.mul(gradient.view(self.integer), finite, out=self.vectors[row].view(self.integer))
         else:
-            self.vectors[0] += torch.where(finite, gradient, self.zero)
+            gradient.view(self.integer).mul_(finite)
+            self.vectors[0] += gradient
 
     def _pack(self, step: int) -> None:
         placement, tail = self.placement, self.tail

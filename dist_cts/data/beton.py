@@ -12,6 +12,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -70,7 +71,8 @@ def import_ffcv() -> types.ModuleType:
 
     threads = torch.get_num_threads()
     try:
-        import ffcv
+        with _python_dict():
+            import ffcv
     except (ImportError, OSError) as error:
         raise ImportError(
             f"ffcv cannot be imported ({' '.join(str(error).split())}). Install its system libraries with "
@@ -81,6 +83,22 @@ def import_ffcv() -> types.ModuleType:
     finally:
         torch.set_num_threads(threads)  # importing ffcv sets it to one for the whole process
     return ffcv
+
+
+@contextmanager
+def _python_dict() -> Iterator[None]:
+    """A block in which numba's typed dictionary is Python's.
+
+    FFCV makes one of two entries while it is imported and looks them up from Python alone; numba's costs 3 s of
+    compiling in every process.
+    """
+    import numba.typed
+
+    typed, numba.typed.Dict = numba.typed.Dict, dict
+    try:
+        yield
+    finally:
+        numba.typed.Dict = typed
 
 
 def write(

@@ -273,6 +273,9 @@ assert "ffcv" not in sys.modules
 from dist_cts.data.beton import import_ffcv
 assert hasattr(import_ffcv(), "Loader")
 assert torch.get_num_threads() == 3, torch.get_num_threads()
+import ffcv.fields.rgb_image, numba.typed
+assert type(ffcv.fields.rgb_image.IMAGE_MODES) is dict, "numba compiles its own dictionary for seconds"
+assert numba.typed.Dict is not dict
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -222,7 +222,7 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(train, fault,
     assert [line.endswith(full_disk) for line in errors(err)] == [True], err
     codes, err = train(f"run_dir={run}")
     assert codes == [1, 1]
-    assert [line.endswith(full_disk) for line in errors(err)] == [True], err
+    assert err.count(full_disk) == 1, err
     ballast.unlink()
     assert train(f"run_dir={run}")[0] == [0, 0]
     assert_equal(phi(run), undisturbed)

@@ -10,8 +10,8 @@ import ctypes
 import json
 import os
 import signal
+import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from dist_cts import checkpoint_files, lost_peers
@@ -32,9 +32,20 @@ def flip_bits(path: str) -> None:
 
 
 def fill(path: str) -> None:
-    """Until nothing fits on the disk any more."""
-    with suppress(OSError):
-        Path(path).write_bytes(bytes(1 << 22))
+    """Until nothing fits on the disk any more; then takes what others free there, until this process ends."""
+    ballast = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def eat(patience: float) -> None:
+        while True:
+            try:
+                ballast.write(bytes(4096))
+            except OSError:
+                if not patience:
+                    return
+                time.sleep(patience)
+
+    eat(0)
+    threading.Thread(target=eat, args=(0.002,), daemon=True).start()
 
 
 ACTS = {

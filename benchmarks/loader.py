@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dist_cts.data import augment, beton, embedded
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
+from dist_cts.data.ffcv_library import import_ffcv
 from dist_cts.data.plan import default_padding
 
 EPILOG = """\
@@ -76,7 +77,7 @@ def decoded(batches: TaskBatches, batch_size: int) -> Iterator[Tensor]:
 
 
 def bare_ffcv(task: Path, stage: str, batch_size: int, workers: int, device: torch.device) -> Iterator[Tensor]:
-    beton.import_ffcv()
+    import_ffcv()
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, RandomTranslate

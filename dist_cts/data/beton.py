@@ -12,7 +12,6 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from dist_cts.config import Config
+from dist_cts.data.ffcv_library import import_ffcv
 
 AGAIN = "run launch/prepare.py again"
 BLOCK = 64  # images that a thread converts at a time
@@ -59,46 +59,6 @@ class Manifest(Config):
         if len(self.class_names) != self.classes:
             raise ValueError(f"{self.classes} classes but {len(self.class_names)} class names")
         return self
-
-
-def import_ffcv() -> types.ModuleType:
-    """Imports ffcv (seconds, the first time); the only place that does.
-
-    Raises:
-        ImportError: ffcv or one of its system libraries is missing; the message says how to install them.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        with _python_dict():
-            import ffcv
-    except (ImportError, OSError) as error:
-        raise ImportError(
-            f"ffcv cannot be imported ({' '.join(str(error).split())}). Install its system libraries with "
-            "`apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++` "
-            "or `conda install -c conda-forge pkg-config opencv libjpeg-turbo cxx-compiler`, "
-            "then `pip install ffcv==1.0.2`"
-        ) from error
-    finally:
-        torch.set_num_threads(threads)  # importing ffcv sets it to one for the whole process
-    return ffcv
-
-
-@contextmanager
-def _python_dict() -> Iterator[None]:
-    """A block in which numba's typed dictionary is Python's.
-
-    FFCV makes one of two entries while it is imported and looks them up from Python alone; numba's costs 3 s of
-    compiling in every process.
-    """
-    import numba.typed
-
-    typed, numba.typed.Dict = numba.typed.Dict, dict
-    try:
-        yield
-    finally:
-        numba.typed.Dict = typed
 
 
 def write(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_cts.data import beton
 from dist_cts.data.beton import Manifest
+from dist_cts.data.ffcv_library import import_ffcv
 from dist_cts.exit_codes import RankError
 
 AHEAD = 3  # batches that are decoded in advance
@@ -210,7 +211,7 @@ class StreamingFeed:
 @functools.cache
 def _ffcv_classes() -> tuple[type, type]:
     """FFCV's Loader, and its iterator with rows that come lazily and a fault that is kept."""
-    beton.import_ffcv()
+    import_ffcv()
     import numba
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator

@@ -8,10 +8,11 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from dist_cts.config import read_yaml
-from dist_cts.data import beton, catalog
+from dist_cts.data import catalog
 from dist_cts.data.archives import NotThere
 from dist_cts.data.beton import Manifest
 from dist_cts.data.catalog import Entry
+from dist_cts.data.ffcv_library import import_ffcv
 from dist_cts.data.prepare import Options, prepare, task_name
 
 NAMES = ("paper-8", "paper-targets", "imagenet-8", "imagenet-targets", "demo")
@@ -121,7 +122,7 @@ def prepare_all(
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"two tasks would be written to {twice}; give them names")
-    beton.import_ffcv()  # once, before the threads
+    import_ffcv()  # once, before the threads
     at_once = max(1, min(workers, len(tasks)))
 
     def one(task: Task, folder: Path) -> Outcome:

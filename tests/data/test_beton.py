@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dist_cts.data import beton
+from dist_cts.data.ffcv_library import import_ffcv
 from tests.data.betons import read_back
 
 NAMES = ["cat", "dog", "emu"]
@@ -37,7 +38,7 @@ class Broken:
 
 def test_ffcv_itself_reads_the_same_pixels_and_labels(tmp_path):
     images, labels, manifest = make(tmp_path / "noise", count=150, workers=2)
-    ffcv = beton.import_ffcv()
+    ffcv = import_ffcv()
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 
@@ -122,7 +123,7 @@ def test_skipped_images_are_left_out_and_named(tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
-    beton.import_ffcv()
+    import_ffcv()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -270,7 +271,7 @@ import sys, torch
 torch.set_num_threads(3)
 import dist_cts.data.prepare
 assert "ffcv" not in sys.modules
-from dist_cts.data.beton import import_ffcv
+from dist_cts.data.ffcv_library import import_ffcv
 assert hasattr(import_ffcv(), "Loader")
 assert torch.get_num_threads() == 3, torch.get_num_threads()
 import ffcv.fields.rgb_image, numba.typed
@@ -283,4 +284,4 @@ assert numba.typed.Dict is not dict
 def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)
     with pytest.raises(ImportError, match=r"apt-get install .*conda install .*pip install ffcv==1\.0\.2"):
-        beton.import_ffcv()
+        import_ffcv()

@@ -17,16 +17,19 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ONE_NODE = "--cpus-per-task=2", ROOT / "launch/slurm/train.sbatch"
 TWO_NODES = "--nodes=2", "--cpus-per-task=1", ROOT / "launch/slurm/train_multinode.sbatch"
-# With SLOW, the first start of a job takes so many seconds a batch more: time to disturb it.
+# In a job's first start its ranks take so many seconds more, a batch (SLOW) or before they listen to signals (DEAF):
+# time to disturb them.
 SLOWER = """\
-import os
-if "SLOW" in os.environ and "RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    import time, dist_cts.data.augment as module
-    plain = module.augment
-    def augment(*args, **kwargs):
-        time.sleep(float(os.environ["SLOW"]))
-        return plain(*args, **kwargs)
-    module.augment = augment
+import os, time
+if "RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    time.sleep(float(os.environ.get("DEAF", 0)))
+    if "SLOW" in os.environ:
+        import dist_cts.data.augment as module
+        plain = module.augment
+        def augment(*args, **kwargs):
+            time.sleep(float(os.environ["SLOW"]))
+            return plain(*args, **kwargs)
+        module.augment = augment
 """
 STEPS = 2000
 
@@ -103,7 +106,7 @@ def test_a_preempted_job_goes_on_in_its_folder_with_the_bits_of_an_undisturbed_r
 
 
 def test_a_job_that_is_preempted_before_its_ranks_listen_is_requeued(cluster, undisturbed):
-    job = cluster.sbatch(*ONE_NODE, "small.yaml")
+    job = cluster.sbatch(*ONE_NODE, "small.yaml", DEAF="180")
     cluster.wait(job, lambda: f"{job}.0" in cluster.run("squeue", "-hs", "-j", job, "-o", "%i"))
     cluster.sbatch("--partition=high", "--nodes=2", "--wrap=true")
     state = cluster.finish(job)

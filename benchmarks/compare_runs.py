@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from dist_cts.meta_test import draw_bars, start_colours
-from dist_cts.metrics import task_average_loss
+from dist_cts.run.metrics import task_average_loss
 
 
 def main() -> None:

@@ -13,16 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_cts import models
-from dist_cts.algorithms import ALGORITHMS
+from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.data import beton
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
-from dist_cts.distributed import Placement, pick_device, place, process_group
-from dist_cts.exit_codes import leave
+from dist_cts.distributed.placement import Placement, place
+from dist_cts.distributed.process_group import pick_device, process_group
+from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
-from dist_cts.reducer import MetaReducer
+from dist_cts.run.exit_codes import leave
 
 INNER = InnerConfig()  # SGD as in the paper's section 4.2, for every competitor
 FOREVER = 10**9  # inner steps of an episode that no benchmark ends

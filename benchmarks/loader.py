@@ -19,10 +19,11 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from dist_cts.data import augment, beton, embedded
+from dist_cts.data import augment, beton
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
 from dist_cts.data.ffcv_library import import_ffcv
 from dist_cts.data.plan import default_padding
+from dist_cts.data.prepare import embedded
 
 EPILOG = """\
 stages, both on the device:

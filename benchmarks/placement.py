@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from dist_cts import models
-from dist_cts.data import suites
-from dist_cts.data.prepare import task_name
-from dist_cts.distributed import Placement, Seats, data_group, even_seats
+from dist_cts.data.prepare import suites
+from dist_cts.data.prepare.task import task_name
+from dist_cts.distributed.balance import RandomBatch, describe, loads, plan, step_seconds
+from dist_cts.distributed.placement import Placement, Seats, data_group, even_seats
+from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.learner import TaskLearner
 from dist_cts.models import ModelConfig
-from dist_cts.placement import RandomBatch, describe, loads, plan, step_seconds
-from dist_cts.sync_batch_norm import synchronise
 
 EPILOG = """\
 The tasks are those of the suite paper-8, 28 to 84 px, with random images of that size: a step costs the same.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dist_cts.run_folder import environment
+from dist_cts.run.folder import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

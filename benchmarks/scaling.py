@@ -15,10 +15,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cts import models
-from dist_cts.distributed import data_group, place
+from dist_cts.distributed.placement import data_group, place
+from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.flat import FlatParams
 from dist_cts.models import ModelConfig
-from dist_cts.sync_batch_norm import synchronise
 
 EPILOG = """\
 measured  a CTS step on 1 ... W ranks with a task each, all with the same number of threads; efficiency is the time of

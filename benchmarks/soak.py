@@ -15,7 +15,7 @@ import report
 import safetensors.torch
 import torch
 
-from dist_cts import run_folder
+from dist_cts.run import folder as run_folder
 
 EPILOG = """\
 A run of two small tasks on two ranks, by `torchrun --max-restarts`, is hit by SIGKILL at seeded random times, in

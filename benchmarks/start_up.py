@@ -10,8 +10,8 @@ from pathlib import Path
 import report
 from time_to_quality import ROOT, TASKS
 
-from dist_cts.data import catalog
-from dist_cts.data.prepare import Options, prepare
+from dist_cts.data.prepare import catalog
+from dist_cts.data.prepare.task import Options, prepare
 
 EPILOG = """\
 A round starts each of these once, one task a rank, a small model:

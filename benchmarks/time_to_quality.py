@@ -9,8 +9,8 @@ from pathlib import Path
 
 import report
 
-from dist_cts.data import catalog
-from dist_cts.data.prepare import Options, prepare
+from dist_cts.data.prepare import catalog
+from dist_cts.data.prepare.task import Options, prepare
 
 EPILOG = """\
 For each seed both methods meta-train the demo's eight embedded tasks, taking turns; then phi's snapshots, one at the

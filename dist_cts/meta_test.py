@@ -18,14 +18,14 @@ from scipy import stats
 from tqdm import tqdm
 
 from dist_cts import models
+from dist_cts.checkpoint.phi import load_phi, phi_metadata
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
-from dist_cts.distributed import pick_device, process_group, together
-from dist_cts.exit_codes import DONE
+from dist_cts.distributed.process_group import pick_device, process_group, together
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
 from dist_cts.models import ModelConfig
-from dist_cts.phi_files import load_phi, phi_metadata
+from dist_cts.run.exit_codes import DONE
 from dist_cts.seeds import hashed_seed
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_cts.algorithms import Algorithm
+from dist_cts.algorithms.table import Algorithm
+from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.learner import TaskLearner
 from dist_cts.progress import Progress
-from dist_cts.reducer import MetaReducer
 
 CONTROL_PERIOD = 10  # steps between two looks at the control tail while no meta-update carries it
 

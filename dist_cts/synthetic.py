@@ -14,14 +14,15 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from dist_cts.algorithms import ALGORITHMS
+from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.config import Config
-from dist_cts.distributed import place, process_group
-from dist_cts.exit_codes import RunError
+from dist_cts.distributed.placement import place
+from dist_cts.distributed.process_group import process_group
+from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner, make_optimizer
 from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
-from dist_cts.reducer import MetaReducer
 
 Point = tuple[float, float]
 

@@ -37,8 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.epilog = EPILOG + "\n".join(config.describe(meta_test.MetaTestConfig))
     args = parser.parse_intermixed_args(arguments)
 
-    from dist_cts import config, meta_test, phi_files
-    from dist_cts.exit_codes import finish
+    from dist_cts import config, meta_test
+    from dist_cts.checkpoint import phi as phi_files
+    from dist_cts.run.exit_codes import finish
 
     def command() -> int:
         settings = config.load(meta_test.MetaTestConfig, args.config, args.overrides)
@@ -52,6 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    from dist_cts.exit_codes import leave
+    from dist_cts.run.exit_codes import leave
 
     leave(code)

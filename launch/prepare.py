@@ -17,10 +17,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dist_cts.data import beton, catalog, contact_sheet, suites
-from dist_cts.data.archives import NotThere
+from dist_cts.data import beton
 from dist_cts.data.beton import Manifest
-from dist_cts.data.prepare import RAW_UP_TO, OptionError, Options, prepare, task_name
+from dist_cts.data.prepare import catalog, contact_sheet, suites
+from dist_cts.data.prepare.archives import NotThere
+from dist_cts.data.prepare.task import RAW_UP_TO, OptionError, Options, prepare, task_name
 
 
 def class_range(text: str) -> tuple[int, int]:

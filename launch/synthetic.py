@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from dist_cts.exit_codes import DONE, RunError, finish
+from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
+from dist_cts.run.exit_codes import DONE, finish
 from dist_cts.synthetic import METHODS, TEST_STEPS, load_environment, meta_train_point, quality
 
 OPTIMIZERS = ("sgd", "momentum", "adam")

@@ -39,20 +39,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="start anew; what the run folder holds moves to NAME.1")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
-        from dist_cts import config, run
+        from dist_cts import config
+        from dist_cts.run.config import TrainConfig
 
-        parser.epilog = EPILOG + "\n".join(config.describe(run.TrainConfig))
+        parser.epilog = EPILOG + "\n".join(config.describe(TrainConfig))
     args = parser.parse_intermixed_args(arguments)
 
-    from dist_cts import config, run
-    from dist_cts.exit_codes import STOPPED, finish
+    from dist_cts import config
+    from dist_cts.run.config import TrainConfig
+    from dist_cts.run.exit_codes import STOPPED, finish
+    from dist_cts.run.train import train
 
     def command() -> int:
-        settings = config.load(run.TrainConfig, args.config, args.overrides)
+        settings = config.load(TrainConfig, args.config, args.overrides)
         run_dir = settings.run_dir or default_run_dir(args.config)
         stopped = run_dir / "stopped"  # exit code 75, for those who start torchrun and are given 1
         stopped.unlink(missing_ok=True)
-        code = run.train(settings.model_copy(update={"run_dir": run_dir}), args.fresh)
+        code = train(settings.model_copy(update={"run_dir": run_dir}), args.fresh)
         if code == STOPPED:
             stopped.touch()
         return code
@@ -62,6 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    from dist_cts.exit_codes import leave
+    from dist_cts.run.exit_codes import leave
 
     leave(code)

@@ -6,15 +6,18 @@ from conftest import MemoryBatches
 from reference import meta_train as reference
 from torch import nn
 
-from dist_cts import meta_gradients, models
-from dist_cts.algorithms import ALGORITHMS, IMAMLConfig, MethodConfig, make_algorithm
-from dist_cts.distributed import place, process_group
+from dist_cts import models
+from dist_cts.algorithms import meta_gradients
+from dist_cts.algorithms.meta_gradients import IMAMLConfig
+from dist_cts.algorithms.table import ALGORITHMS, MethodConfig, make_algorithm
+from dist_cts.distributed.placement import place
+from dist_cts.distributed.process_group import process_group
+from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
-from dist_cts.reducer import MetaReducer
 from dist_cts.seeds import hashed_seed
 
 T, M, K, SEED = 4, 2, 4, 3
@@ -268,7 +271,7 @@ def test_mtl_refuses_another_meta_lr_than_1():
 
 
 def imaml_in_a_data_group(rank):
-    from dist_cts.distributed import data_group
+    from dist_cts.distributed.placement import data_group
 
     learner = make_learners([0])[0]
     learner.data_group = data_group(place(1, 2, rank))

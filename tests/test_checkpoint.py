@@ -14,25 +14,28 @@ import torch
 import torch.distributed as dist
 from conftest import MemoryBatches
 
-from dist_cts import checkpoint, checkpoint_files, models
-from dist_cts.algorithms import ALGORITHMS
-from dist_cts.checkpoint import (
+from dist_cts import models
+from dist_cts.algorithms.table import ALGORITHMS
+from dist_cts.checkpoint import files as checkpoint_files
+from dist_cts.checkpoint import manager as checkpoint
+from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, task_file
+from dist_cts.checkpoint.manager import (
     MAY_DIFFER,
     CheckpointConfig,
     Checkpoints,
     config_difference,
 )
-from dist_cts.checkpoint_files import MANIFEST, PHI, read_manifest, task_file
+from dist_cts.checkpoint.phi import export_phi, load_phi
 from dist_cts.config import Config
-from dist_cts.distributed import data_group, place, process_group
+from dist_cts.distributed.placement import data_group, place
+from dist_cts.distributed.process_group import process_group
+from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import Progress, meta_train
 from dist_cts.models import ModelConfig
-from dist_cts.phi_files import export_phi, load_phi
-from dist_cts.reducer import MetaReducer
-from dist_cts.run import TrainConfig
-from dist_cts.sync_batch_norm import synchronise
+from dist_cts.run.config import TrainConfig
 
 T, M, K, BETA = 4, 3, 5, 0.5
 STEPS = M * K

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dist_cts.distributed import check_layouts, check_same_bits, pick_device, place, together
-from dist_cts.exit_codes import RunError
+from dist_cts.distributed.placement import place
+from dist_cts.distributed.process_group import check_layouts, check_same_bits, pick_device, together
+from dist_cts.errors import RunError
 from dist_cts.flat import FlatLayout
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 PAGE_FAULTS = """
 import resource, sys
 import torch
-from dist_cts.host_memory import keep_freed_memory
+from dist_cts.distributed.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def step():

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_cts import config
-from dist_cts.data import suites
-from dist_cts.run import TrainConfig
+from dist_cts.data.prepare import suites
+from dist_cts.run.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 CONFIG = b"""tasks: [a, {name: b, classes: 3}]

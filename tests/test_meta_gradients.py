@@ -7,9 +7,9 @@ import torch
 from conftest import MemoryBatches
 from quadratic import ALPHA, make_learner, named, phi_of
 
-from dist_cts import meta_gradients
+from dist_cts.algorithms import meta_gradients
+from dist_cts.algorithms.meta_gradients import IMAMLConfig, LeapConfig
 from dist_cts.learner import InnerConfig, TaskLearner
-from dist_cts.meta_gradients import IMAMLConfig, LeapConfig
 from dist_cts.models import ModelConfig, build
 
 A, C = torch.tensor([0.3, 1.0, 4.0, 0.0, 2.0]), torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])

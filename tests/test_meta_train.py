@@ -11,14 +11,15 @@ from reference import meta_train as reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cts import models
-from dist_cts.algorithms import ALGORITHMS
-from dist_cts.distributed import Placement, check_layouts, data_group, even_seats
+from dist_cts.algorithms.table import ALGORITHMS
+from dist_cts.distributed.placement import Placement, data_group, even_seats
+from dist_cts.distributed.process_group import check_layouts
+from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import Progress, meta_train
 from dist_cts.models import ModelConfig
-from dist_cts.reducer import MetaReducer
-from dist_cts.sync_batch_norm import synchronise
 
 T, M, K, BETA = 4, 3, 6, 0.5
 TINY = ModelConfig(name="tiny")

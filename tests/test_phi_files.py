@@ -12,9 +12,9 @@ import torch
 import torchvision
 
 from dist_cts import models
+from dist_cts.checkpoint.phi import export_phi, load_phi, named_starts, phi_metadata, run_folder
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.models import ModelConfig
-from dist_cts.phi_files import export_phi, load_phi, named_starts, phi_metadata, run_folder
 
 WEIGHTS = "ResNet18_Weights.IMAGENET1K_V1"
 RESNET18 = ModelConfig(name="resnet18")

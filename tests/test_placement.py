@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_cts.distributed import Placement, data_group, even_seats
-from dist_cts.placement import agree_on_costs, loads, named_seats, plan
-from dist_cts.run import Run, TrainConfig, build_learner
-from dist_cts.stop_request import StopRequest
+from dist_cts.distributed.balance import agree_on_costs, loads, named_seats, plan
+from dist_cts.distributed.placement import Placement, data_group, even_seats
+from dist_cts.run.config import TrainConfig
+from dist_cts.run.shutdown import StopRequest
+from dist_cts.run.train import Run, build_learner
 
 COSTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
 

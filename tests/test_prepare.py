@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cts.data import beton, embedded
+from dist_cts.data import beton
+from dist_cts.data.prepare import embedded
 from launch.prepare import main
 from tests.data.betons import read_back
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_cts.distributed import place
-from dist_cts.reducer import MetaReducer
+from dist_cts.distributed.placement import place
+from dist_cts.distributed.reducer import MetaReducer
 
 
 class StubLearner:

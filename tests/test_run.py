@@ -5,9 +5,10 @@ import signal
 import pytest
 import torch
 
-from dist_cts import run
-from dist_cts.exit_codes import DONE, STOPPED
-from dist_cts.run import Run, TrainConfig
+import dist_cts.run.train as run
+from dist_cts.run.config import TrainConfig
+from dist_cts.run.exit_codes import DONE, STOPPED
+from dist_cts.run.train import Run
 
 K, M = 5, 3
 # Steps after which the run is stopped and started again, in the order of its starts.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from quadratic import ALPHA, make_learner, named, phi_of
 
-from dist_cts import shifts
+from dist_cts.algorithms import shifts
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.models import ModelConfig, build
 from dist_cts.progress import Progress

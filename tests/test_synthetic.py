@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_cts.algorithms import ALGORITHMS
-from dist_cts.exit_codes import RunError
+from dist_cts.algorithms.table import ALGORITHMS
+from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
 from dist_cts.synthetic import (
     ENVIRONMENTS,

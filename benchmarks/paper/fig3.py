@@ -21,11 +21,12 @@ from scipy import stats
 from torch import Tensor, fx, nn
 
 from dist_cts import models
-from dist_cts.data import catalog
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
-from dist_cts.data.prepare import Options, prepare
-from dist_cts.exit_codes import DONE, RunError, finish
+from dist_cts.data.prepare import catalog
+from dist_cts.data.prepare.task import Options, prepare
+from dist_cts.errors import RunError
 from dist_cts.flat import FlatParams
+from dist_cts.run.exit_codes import DONE, finish
 from dist_cts.seeds import hashed_seed
 
 Gradient = Callable[[Tensor, int], Tensor]  # of theta [N] and the step 0, 1, ...: grad L_step(theta) [N]

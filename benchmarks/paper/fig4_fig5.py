@@ -11,7 +11,7 @@ import torch
 from figures import BLUE, METHOD_LOOKS, ORANGE, RED, landscape, main, path, plane, save, square_grid
 from torch import Tensor
 
-from dist_cts.algorithms import ALGORITHMS
+from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.learner import InnerConfig
 from dist_cts.synthetic import ENVIRONMENTS, TEST, Environment, adapt, losses, meta_train_grid, quality
 

@@ -30,10 +30,12 @@ from figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS, SKY, save
 from matplotlib.axes import Axes
 
 from dist_cts.config import load
-from dist_cts.exit_codes import STOPPED, RunError
+from dist_cts.errors import RunError
 from dist_cts.meta_test import interval
-from dist_cts.metrics import task_average_loss
-from dist_cts.run import TrainConfig, train
+from dist_cts.run.config import TrainConfig
+from dist_cts.run.exit_codes import STOPPED
+from dist_cts.run.metrics import task_average_loss
+from dist_cts.run.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY, YELLOW, BLACK = "#999999", "#F0E442", "#000000"

@@ -2,7 +2,7 @@
 
     python benchmarks/paper/imagenet_splits.py --wordnet /usr/share/wordnet/data.noun --ids imagenet_synsets.txt
 
-Writes dist_cts/data/imagenet_splits/{1..8}.txt. The database is Debian's wordnet-base (WordNet 3.0); the file of ids
+Writes dist_cts/data/prepare/imagenet_splits/{1..8}.txt. The database is Debian's wordnet-base (WordNet 3.0); the file of ids
 holds one of the 1,000 WordNet ids a line (the timm package has it as data/_info/imagenet_synsets.txt).
 
 The paper gives 14 nodes and their counts, and says nothing about classes with several hypernyms. Every node of its tree
@@ -31,7 +31,7 @@ SPLITS = (  # WordNet label, number of classes
     {"commodity": 62, "covering": 38, "structure": 55},
 )  # the eighth is the rest
 COUNTS = {label: count for split in SPLITS for label, count in split.items()}
-OUT = Path(__file__).parents[2] / "dist_cts" / "data" / "imagenet_splits"
+OUT = Path(__file__).parents[2] / "dist_cts" / "data" / "prepare" / "imagenet_splits"
 
 
 class Synset(NamedTuple):

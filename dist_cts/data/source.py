@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_cts.data import beton
 from dist_cts.data.beton import Manifest
 from dist_cts.data.ffcv_library import import_ffcv
-from dist_cts.exit_codes import RankError
+from dist_cts.errors import RankError
 
 AHEAD = 3  # batches that are decoded in advance
 STALLED = 300.0  # seconds without a batch after which a living loader thread counts as stuck

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import learners
 import step_time
 
-from dist_cts.distributed import process_group
+from dist_cts.distributed.process_group import process_group
 
 CPU = torch.device("cpu")
 

@@ -269,7 +269,7 @@ def test_ffcv_is_imported_late_and_leaves_torch_its_threads():
     code = """
 import sys, torch
 torch.set_num_threads(3)
-import dist_cts.data.prepare
+import dist_cts.data.prepare.task
 assert "ffcv" not in sys.modules
 from dist_cts.data.ffcv_library import import_ffcv
 assert hasattr(import_ffcv(), "Loader")

@@ -1,6 +1,6 @@
 import pytest
 
-from dist_cts.data import catalog
+from dist_cts.data.prepare import catalog
 
 
 def test_every_data_set_says_where_to_get_it():

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cts.data import beton, contact_sheet
+from dist_cts.data import beton
+from dist_cts.data.prepare import contact_sheet
 
 
 @pytest.fixture

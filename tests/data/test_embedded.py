@@ -16,8 +16,8 @@ import torch
 from matplotlib.ft2font import FT2Font
 from scipy import ndimage
 
-from dist_cts.data import embedded
-from dist_cts.data.embedded import META_TEST, META_TRAIN, TASKS, Split, make
+from dist_cts.data.prepare import embedded
+from dist_cts.data.prepare.embedded import META_TEST, META_TRAIN, TASKS, Split, make
 
 drawn = cache(make)
 every_task = pytest.mark.parametrize("name", TASKS)

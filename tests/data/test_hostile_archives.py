@@ -15,7 +15,7 @@ from hostile import attempt, bounded, content, damaged, idx_bytes, png
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_cts.data import archives, raw, readers, tables
+from dist_cts.data.prepare import archives, raw, readers, tables
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

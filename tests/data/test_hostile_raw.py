@@ -14,7 +14,7 @@ from hostile import attempt, bounded, content, damaged, idx_bytes, png, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_cts.data import readers
+from dist_cts.data.prepare import readers
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ABC = partial(readers.idx, class_names="abc")

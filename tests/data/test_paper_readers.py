@@ -13,8 +13,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from dist_cts.data import catalog, raw, readers
-from dist_cts.data.archives import NotThere
+from dist_cts.data.prepare import catalog, raw, readers
+from dist_cts.data.prepare.archives import NotThere
 from tests.data.test_readers import check, make_tiny_imagenet, save
 
 

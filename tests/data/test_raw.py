@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cts.data import raw
+from dist_cts.data.prepare import raw
 
 
 def dataset(labels, classes):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cts.data import readers
+from dist_cts.data.prepare import readers
 
 ABC = partial(readers.idx, class_names="abc")
 

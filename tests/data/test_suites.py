@@ -1,8 +1,8 @@
 import pytest
 from PIL import Image
 
-from dist_cts.data import embedded, suites
-from dist_cts.data.suites import Task, suite
+from dist_cts.data.prepare import embedded, suites
+from dist_cts.data.prepare.suites import Task, suite
 from launch.prepare import main
 from tests.data.test_readers import make_tiny_imagenet
 

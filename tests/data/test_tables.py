@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cts.data import tables
-from dist_cts.data.archives import NotThere
+from dist_cts.data.prepare import tables
+from dist_cts.data.prepare.archives import NotThere
 from tests.data.test_readers import check, save
 
 pyarrow = pytest.importorskip("pyarrow")

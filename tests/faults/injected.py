@@ -14,10 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-from dist_cts import checkpoint_files, lost_peers
+from dist_cts.checkpoint import files as checkpoint_files
 from dist_cts.data import source
+from dist_cts.distributed import peer_failure as lost_peers
 from dist_cts.learner import TaskLearner
-from dist_cts.run import Run
+from dist_cts.run.train import Run
 
 fault = json.loads(os.environ["FAULT"])
 lost_peers.LOOK, lost_peers.PATIENCE = 0.1, 1.5

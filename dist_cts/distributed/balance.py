@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_cts.data.beton import read_manifest
-from dist_cts.distributed import Seats, even_seats, together
+from dist_cts.distributed.placement import Seats, even_seats
+from dist_cts.distributed.process_group import together
 from dist_cts.learner import Batches, TaskLearner
 
 if TYPE_CHECKING:
-    from dist_cts.run import TrainConfig
+    from dist_cts.run.config import TrainConfig
 
 LOOKS = 8  # divisions of the ranks that are tried for each number of data groups, the most promising first
 STEP_SECONDS = "step_seconds.json"  # in the run folder

@@ -14,7 +14,7 @@ from threading import Event, Thread
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dist_cts.exit_codes import RankError, RunError
+from dist_cts.errors import RankError, RunError
 
 LOOK = 0.5  # seconds between two looks of a rank's thread into the store
 PATIENCE = 4.0  # seconds that the living have to answer

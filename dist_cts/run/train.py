@@ -4,90 +4,33 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from dist_cts import models, run_folder
-from dist_cts.algorithms import ALGORITHMS, MethodConfig, make_algorithm
-from dist_cts.checkpoint import CheckpointConfig, Checkpoints
-from dist_cts.config import Config
-from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
-from dist_cts.distributed import (
-    Placement,
-    check_layouts,
-    check_same_bits,
-    data_group,
-    pick_device,
-    process_group,
-    together,
-)
-from dist_cts.exit_codes import DONE, STOPPED, RunError
+from dist_cts import models
+from dist_cts.algorithms.table import make_algorithm
+from dist_cts.checkpoint.manager import Checkpoints
+from dist_cts.checkpoint.phi import SNAPSHOTS, export_phi, load_phi
+from dist_cts.data.batches import TaskBatches, open_task, test_batches
+from dist_cts.distributed.balance import Costs, agree_on_costs, choose_seats, describe, keep_costs
+from dist_cts.distributed.peer_failure import lost_peers_named
+from dist_cts.distributed.placement import Placement, data_group
+from dist_cts.distributed.process_group import check_layouts, check_same_bits, pick_device, process_group, together
+from dist_cts.distributed.reducer import Control, MetaReducer
+from dist_cts.distributed.sync_batch_norm import synchronise
+from dist_cts.errors import RunError
 from dist_cts.flat import load_named
-from dist_cts.learner import Batches, InnerConfig, ResetConfig, TaskLearner
-from dist_cts.lost_peers import lost_peers_named
+from dist_cts.learner import Batches, TaskLearner
 from dist_cts.meta_train import meta_train
-from dist_cts.metrics import Metrics, say
-from dist_cts.models import ModelConfig
-from dist_cts.phi_files import SNAPSHOTS, export_phi, load_phi
-from dist_cts.placement import Costs, agree_on_costs, choose_seats, describe, keep_costs
 from dist_cts.progress import Progress
-from dist_cts.reducer import Control, MetaReducer, Reduction
-from dist_cts.stop_request import StopRequest, stop_requests
-from dist_cts.sync_batch_norm import synchronise
-
-
-class TaskConfig(Config):
-    """One task: the name of its prepared folder, and what differs from the other tasks."""
-
-    name: str
-    classes: int | None = Field(None, gt=0, description="checked against the manifest")
-    batch_size: int | None = Field(None, gt=0, description="this task's own batch size")
-
-
-Task = Annotated[TaskConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
-
-
-class TrainConfig(Config):
-    """A meta-training run; the defaults are the paper's section 4.2."""
-
-    algorithm: str = Field("cts", description=", ".join(ALGORITHMS))
-    episodes: int = Field(200, gt=0, description="M, times that every learner starts from phi")
-    inner_steps: int = Field(1000, gt=0, description="K, inner steps an episode")
-    meta_lr: float = Field(0.01, gt=0, description="beta; it falls as K grows (supplement, Table 3)")
-    tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
-    batch_size: int = Field(128, gt=0, description="images of one task in one inner step")
-    seed: int = Field(0, description="phi_0, the heads and every sample follow from it")
-    init: str | None = Field(
-        None, description="phi_0: a .safetensors or .pth, or torchvision's ResNet18_Weights.X; default: from the seed"
-    )
-    run_dir: Path | None = Field(None, description="the run's folder; default runs/ + the config's path below configs/")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; theta, phi, the mean stay fp32")
-    channels_last: bool = Field(False, description="memory format of images and weights")
-    placement: Literal["even", "auto"] | dict[str, list[int]] = Field(
-        "even",
-        description="tasks on ranks: even, where nothing depends on a measurement; auto, by step times measured at the "
-        "first start; or {task: [ranks]}",
-    )
-    reduction: Reduction = Field("mean", description="mean, or ordered: the same bits on any number of ranks")
-    nonfinite: Literal["abort", "skip"] = Field("abort", description="skip: restart that learner from phi, go on")
-    loss_limit: float = Field(100, gt=0, description="a task whose loss exceeds it is reported as diverging")
-    log_every: int = Field(100, gt=0, description="inner steps between two records of metrics.jsonl")
-    eval_every: int = Field(0, ge=0, description="inner steps between two tests of each theta; 0: never")
-    check_every: int = Field(1000, gt=0, description="inner steps between two comparisons of phi over the ranks")
-    snapshot_every: int = Field(0, ge=0, description="inner steps between two files phi_STEP in snapshots/; 0: never")
-    timeout_seconds: float = Field(120, gt=0, description="how long a rank waits for a lost one")
-    max_minutes: float = Field(0, ge=0, description="stop with a checkpoint after so long; 0: never")
-    inner: InnerConfig = InnerConfig()
-    method: MethodConfig = MethodConfig()
-    reset: ResetConfig = ResetConfig()
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+from dist_cts.run import folder as run_folder
+from dist_cts.run.config import TaskConfig, TrainConfig
+from dist_cts.run.console import say
+from dist_cts.run.exit_codes import DONE, STOPPED
+from dist_cts.run.metrics import Metrics
+from dist_cts.run.shutdown import StopRequest, stop_requests
 
 
 def train(config: TrainConfig, fresh: bool = False) -> int:

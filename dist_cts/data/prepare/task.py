@@ -9,11 +9,12 @@ from pydantic import Field
 from tqdm import tqdm
 
 from dist_cts.config import Config
-from dist_cts.data import beton, raw
+from dist_cts.data import beton
 from dist_cts.data.beton import Manifest
-from dist_cts.data.catalog import EMBEDDED, Entry
-from dist_cts.data.raw import RawDataset
-from dist_cts.data.readers import Split
+from dist_cts.data.prepare import raw
+from dist_cts.data.prepare.catalog import EMBEDDED, Entry
+from dist_cts.data.prepare.raw import RawDataset
+from dist_cts.data.prepare.readers import Split
 
 RAW_UP_TO = 128  # a raw image has 49 kB then, and 150 kB at 224 px: 193 GB for ImageNet
 

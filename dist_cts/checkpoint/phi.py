@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dist_cts.checkpoint_files import State, check_finite, replace_file, to_host
+from dist_cts.checkpoint.files import State, check_finite, replace_file, to_host
 
 SNAPSHOTS = "snapshots"  # folder of a run that holds phi_STEP.safetensors
 _WEIGHTS = r"\w+_Weights\.\w+"  # how torchvision names its pretrained weights

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dist_cts.data.archives import NotThere
-from dist_cts.data.raw import RawDataset, decode, from_named, inside, open_image
-from dist_cts.data.readers import Split
+from dist_cts.data.prepare.archives import NotThere
+from dist_cts.data.prepare.raw import RawDataset, decode, from_named, inside, open_image
+from dist_cts.data.prepare.readers import Split
 
 SUFFIXES = (".csv", ".parquet", ".arrow")
 IMAGE = ("image", "img", "path", "file_name")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from dist_cts.checkpoint_files import (
+from dist_cts.checkpoint.files import (
     PHI,
     Manifest,
     State,
@@ -31,7 +31,8 @@ from dist_cts.checkpoint_files import (
     write_state,
 )
 from dist_cts.config import Config
-from dist_cts.distributed import Placement, together
+from dist_cts.distributed.placement import Placement
+from dist_cts.distributed.process_group import together
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import TaskLearner
 

@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from dist_cts import meta_gradients, shifts
+from dist_cts.algorithms import meta_gradients, shifts
+from dist_cts.algorithms.meta_gradients import GradientBatch, IMAMLConfig, LeapConfig
 from dist_cts.config import Config
 from dist_cts.learner import TaskLearner
-from dist_cts.meta_gradients import GradientBatch, IMAMLConfig, LeapConfig
 from dist_cts.progress import Progress
 
 

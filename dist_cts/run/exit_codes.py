@@ -7,23 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from dist_cts.errors import RunError
+
 DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: a checkpoint is written, start the same command again
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; every rank raises it, with the same text, and rank `speaker` prints it."""
-
-    def __init__(self, text: str, speaker: int = 0) -> None:
-        super().__init__(text)
-        self.speaker = speaker
-
-
-class RankError(RunError):
-    """What ends the run on one rank alone; the others then lose contact with it."""
-
-    def __init__(self, text: str) -> None:
-        rank = int(os.environ.get("RANK", 0))
-        super().__init__(f"rank {rank}: {text}", speaker=rank)
 
 
 def finish(command: Callable[[], int]) -> int:

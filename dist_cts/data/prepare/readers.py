@@ -17,8 +17,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from dist_cts.data.archives import Files, NotThere, locate
-from dist_cts.data.raw import RawDataset, from_files, inside
+from dist_cts.data.prepare.archives import Files, NotThere, locate
+from dist_cts.data.prepare.raw import RawDataset, from_files, inside
 from dist_cts.seeds import hashed_seed
 
 Split = tuple[RawDataset, RawDataset | None]
@@ -166,7 +166,7 @@ def imagenet(root: Path, split: int | None = None) -> Split:
 
 def imagenet_split(number: int) -> list[str]:
     """The sorted WordNet ids of one of the eight ImageNet splits, 1 to 8 (paper, supplement, Table 4)."""
-    text = (resources.files("dist_cts.data") / "imagenet_splits" / f"{number}.txt").read_text()
+    text = (resources.files("dist_cts.data.prepare") / "imagenet_splits" / f"{number}.txt").read_text()
     return [line.split()[0] for line in text.splitlines() if line.startswith("n")]
 
 
@@ -235,7 +235,7 @@ def digits(root: Path | None) -> Split:
 
 def embedded(root: Path | None, name: str) -> Split:
     """A task of dist_cts.data.embedded, drawn on the spot."""
-    from dist_cts.data.embedded import make
+    from dist_cts.data.prepare.embedded import make
 
     train, test = make(name)
     return tuple(RawDataset(tuple(part.class_names), part.labels, part.images.__getitem__) for part in (train, test))

@@ -8,20 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dist_cts.distributed import Placement
-from dist_cts.meta_train import Progress
-from dist_cts.reducer import Control
-
-
-def say(line: str) -> None:
-    """Prints a line to stderr, above the progress bar where there is one; only on rank 0."""
-    if dist.get_rank() == 0:
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+from dist_cts.distributed.placement import Placement
+from dist_cts.distributed.reducer import Control
+from dist_cts.progress import Progress
+from dist_cts.run.console import say
 
 
 class Metrics:

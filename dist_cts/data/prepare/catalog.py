@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dist_cts.data import readers, tables, torchvision_sets
+from dist_cts.data.prepare import readers, tables, torchvision_sets
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
@@ -302,7 +302,7 @@ def entry(name: str) -> Entry:
     """
     if name in CATALOG:
         return CATALOG[name]
-    from dist_cts.data import embedded
+    from dist_cts.data.prepare import embedded
 
     if name.removeprefix(EMBEDDED) in embedded.TASKS and name.startswith(EMBEDDED):
         return Entry(

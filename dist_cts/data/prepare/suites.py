@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from dist_cts.config import read_yaml
-from dist_cts.data import catalog
-from dist_cts.data.archives import NotThere
 from dist_cts.data.beton import Manifest
-from dist_cts.data.catalog import Entry
 from dist_cts.data.ffcv_library import import_ffcv
-from dist_cts.data.prepare import Options, prepare, task_name
+from dist_cts.data.prepare import catalog
+from dist_cts.data.prepare.archives import NotThere
+from dist_cts.data.prepare.catalog import Entry
+from dist_cts.data.prepare.task import Options, prepare, task_name
 
 NAMES = ("paper-8", "paper-targets", "imagenet-8", "imagenet-targets", "demo")
 
@@ -63,7 +63,7 @@ def suite(name: str) -> list[Task]:
     if name.endswith((".yaml", ".yml")):
         return _from_file(Path(name))
     if name == "demo":
-        from dist_cts.data import embedded
+        from dist_cts.data.prepare import embedded
 
         return [Task(dataset=catalog.EMBEDDED + task) for task in embedded.TASKS]
     if name == "paper-8":

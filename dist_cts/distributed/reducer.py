@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_cts.distributed import Placement
-from dist_cts.exit_codes import RunError
+from dist_cts.distributed.placement import Placement
+from dist_cts.errors import RunError
 
 if TYPE_CHECKING:
     from dist_cts.learner import TaskLearner

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from dist_cts.data.raw import RawDataset, decode, from_named
+from dist_cts.data.prepare.raw import RawDataset, decode, from_named
 
 Read = Callable[[], bytes]
 LARGEST = 1 << 30  # bytes of a file in an archive; what is packed may claim any size

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_cts.data.archives import NotThere
-from dist_cts.data.raw import RawDataset, from_files, inside
-from dist_cts.data.readers import Split
+from dist_cts.data.prepare.archives import NotThere
+from dist_cts.data.prepare.raw import RawDataset, from_files, inside
+from dist_cts.data.prepare.readers import Split
 
 DIGITS = tuple("0123456789")
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")

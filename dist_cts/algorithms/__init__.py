@@ -1,0 +1,1 @@
+"""The methods: what a task's meta-gradient is and how a meta-update shifts its trajectory."""

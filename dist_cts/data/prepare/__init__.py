@@ -1,0 +1,1 @@
+"""From a raw dataset to the .beton files of one task."""

@@ -1,0 +1,86 @@
+"""Placement: T tasks on W ranks, the even placement, and the data groups that share a task."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+
+import torch.distributed as dist
+
+Seats = tuple[tuple[int, ...], ...]  # the ranks of every task, in task order; a task's ranks ascend
+
+
+@dataclass(frozen=True)
+class Placement:
+    """T tasks on W ranks, seen from one of them.
+
+    A rank has one or several tasks to itself, or it is one of the D ranks of a data group, which share every batch of
+    a single task; D may differ from task to task. No rank is without a task.
+    """
+
+    seats: Seats
+    world_size: int  # W
+    rank: int
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return len(self.seats)
+
+    @cached_property
+    def local_tasks(self) -> tuple[int, ...]:
+        """This rank's tasks, ascending."""
+        return tuple(task for task, ranks in enumerate(self.seats) if self.rank in ranks)
+
+    @property
+    def data_group(self) -> tuple[int, ...]:
+        """The ranks that share this rank's task, itself among them; itself alone where it has its tasks to itself."""
+        return self.seats[self.local_tasks[0]]
+
+    @property
+    def data_rank(self) -> int:
+        """0 .. D - 1."""
+        return self.data_group.index(self.rank)
+
+    @property
+    def data_ranks(self) -> int:
+        """D."""
+        return len(self.data_group)
+
+    @property
+    def contributes(self) -> bool:
+        """Whether this rank's theta counts in the mean: its data group's other ranks hold the same bits."""
+        return self.data_rank == 0
+
+
+def even_seats(tasks: int, world_size: int) -> Seats:
+    """Equal loads for equal tasks: contiguous blocks of tasks a rank, or D neighbouring ranks for each task.
+
+    Raises:
+        ValueError: more ranks than tasks, and not a multiple of them.
+    """
+    if world_size <= tasks:
+        return tuple((((task + 1) * world_size - 1) // tasks,) for task in range(tasks))
+    if world_size % tasks:
+        raise ValueError(
+            f"{tasks} tasks do not fit evenly on {world_size} ranks: start at most {tasks} ranks, or a multiple of "
+            f"{tasks} such as {world_size // tasks * tasks} or {(world_size // tasks + 1) * tasks}"
+        )
+    size = world_size // tasks
+    return tuple(tuple(range(task * size, (task + 1) * size)) for task in range(tasks))
+
+
+def place(tasks: int, world_size: int, rank: int) -> Placement:
+    """The even placement, seen from `rank`; needs no process group.
+
+    Raises:
+        ValueError: more ranks than tasks, and not a multiple of them.
+    """
+    return Placement(even_seats(tasks, world_size), world_size, rank)
+
+
+def data_group(placement: Placement, timeout_seconds: float = 120) -> dist.ProcessGroup | None:
+    """The ranks that share this rank's task; None where it has its tasks to itself. Every rank calls this."""
+    groups = [list(ranks) for ranks in placement.seats if len(ranks) > 1]  # the same order on all ranks
+    if not groups:
+        return None
+    return dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout_seconds))[0]

@@ -1,0 +1,1 @@
+"""The training entry point: configuration, setup, periodic hooks, shutdown, run folder."""

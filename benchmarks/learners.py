@@ -17,13 +17,13 @@ from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.data import beton
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
 from dist_cts.distributed.placement import Placement, place
-from dist_cts.distributed.process_group import pick_device, process_group
+from dist_cts.distributed.process_group import process_group, select_device
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
-from dist_cts.run.exit_codes import leave
+from dist_cts.run.exit_codes import exit_process
 
 INNER = InnerConfig()  # SGD as in the paper's section 4.2, for every competitor
 FOREVER = 10**9  # inner steps of an episode that no benchmark ends
@@ -125,7 +125,7 @@ def on_ranks(world_size: int, device: str, function: Callable[..., Any], *args: 
     ranks share this machine's cores.
     """
     if "RANK" in os.environ or world_size == 1:
-        with process_group(picked := pick_device(device), 120):
+        with process_group(picked := select_device(device), 120):
             result = function(picked, *args)
             return result if dist.get_rank() == 0 else None
     share_cores(world_size)
@@ -146,8 +146,8 @@ def _rank(
     os.environ |= {name: str(value) for name, value in here.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     share_cores(world_size)
-    with process_group(picked := pick_device(device), 120):
+    with process_group(picked := select_device(device), 120):
         result = function(picked, *args)
         if rank == 0:
             torch.save(result, folder / "result.pt")
-    leave(0)
+    exit_process(0)

@@ -70,11 +70,11 @@ def decoded(batches: TaskBatches, batch_size: int) -> Iterator[Tensor]:
 
     def rows() -> Iterator[np.ndarray]:
         for start in itertools.count(0, 256):
-            yield from batches.plan.stretch(start, 256).index
+            yield from batches.plan.chunk(start, 256).index
 
-    with closing(batches.source.feed(rows(), batch_size)) as feed:
+    with closing(batches.source.prefetch(rows(), batch_size)) as prefetch:
         for row in rows():
-            yield feed.take(torch.from_numpy(row).to(batches.source.device))
+            yield prefetch.take(torch.from_numpy(row).to(batches.source.device))
 
 
 def bare_ffcv(task: Path, stage: str, batch_size: int, workers: int, device: torch.device) -> Iterator[Tensor]:

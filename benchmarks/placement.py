@@ -11,7 +11,7 @@ from dist_cts import models
 from dist_cts.data.prepare import suites
 from dist_cts.data.prepare.task import task_name
 from dist_cts.distributed.balance import RandomBatch, describe, loads, plan, step_seconds
-from dist_cts.distributed.placement import Placement, Seats, data_group, even_seats
+from dist_cts.distributed.placement import Assignment, Placement, data_group, even_assignment
 from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.learner import TaskLearner
 from dist_cts.models import ModelConfig
@@ -55,20 +55,20 @@ def measure(device: torch.device, model: str, batch_size: int, rounds: int) -> d
             found[0][pixels] = step_seconds(make_learner(name, model, RandomBatch(pixels, batch_size, device), device))
     dist.broadcast_object_list(found, src=0)
     costs = {name: found[0][pixels] for name, (pixels, _) in TASKS.items()}
-    seats = placements(list(costs.values()), world_size, batch_size)
+    assignment = placements(list(costs.values()), world_size, batch_size)
     trainings = {
         name: place_learners(Placement(where, world_size, rank), model, batch_size, device)
-        for name, where in seats.items()
+        for name, where in assignment.items()
     }
     steps = {name: partial(learners.finish, device, training.step) for name, training in trainings.items()}
-    return {"costs": costs, "seats": seats, "seconds_per_step": report.alternate(steps, rounds, warm_up=2)}
+    return {"costs": costs, "seats": assignment, "seconds_per_step": report.alternate(steps, rounds, warm_up=2)}
 
 
-def placements(costs: list[float], world_size: int, batch_size: int) -> dict[str, Seats]:
+def placements(costs: list[float], world_size: int, batch_size: int) -> dict[str, Assignment]:
     """The planned one, and the even one where there is one."""
     found = {"auto": plan(costs, world_size, [batch_size] * len(costs))}
     if world_size <= len(costs) or world_size % len(costs) == 0:
-        found = {"even": even_seats(len(costs), world_size)} | found
+        found = {"even": even_assignment(len(costs), world_size)} | found
     return found
 
 
@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         return  # torchrun's ranks above 0
     costs, rows = results["costs"], []
     for ranks in (args.world_size, *args.ranks):
-        seats = placements(list(costs.values()), ranks, args.batch_size)
-        for name, where in seats.items():
+        assignment = placements(list(costs.values()), ranks, args.batch_size)
+        for name, where in assignment.items():
             measured = results["seconds_per_step"][name] if ranks == args.world_size else None
             seconds = max(loads(where, list(costs.values())))
             row = {"ranks": ranks, "placement": name, "predicted, ms": 1e3 * seconds}

@@ -50,7 +50,7 @@ class Run:
         self._start()
 
     def kill(self, victim: str) -> None:
-        ranks, agent = self._ranks(), self.agent
+        ranks, agent = self._order_in_class(), self.agent
         self.killed_at, self._seen = time.monotonic(), len(self.log())
         if victim == "torchrun" or len(ranks) < 2:  # its ranks are not there yet
             agent.kill()
@@ -87,12 +87,12 @@ class Run:
     def _free(self) -> bool:
         """Whether no rank holds the run's folder."""
         try:
-            run_folder.occupy(self.folder / "run").close()
+            run_folder.lock(self.folder / "run").close()
         except ValueError:
             return False
         return True
 
-    def _ranks(self) -> list[int]:
+    def _order_in_class(self) -> list[int]:
         """Process ids, lowest rank first."""
         children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children")
         return [int(child) for child in children.read_text().split()]

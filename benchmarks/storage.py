@@ -106,10 +106,10 @@ def measure(case: Case, folder: Path, workers: Sequence[int], rounds: int) -> di
 
     def stream(mode: str, threads: int) -> None:
         wanted = [row for _ in range(PASSES[mode]) for row in rows()]
-        feed = sources[mode, threads].feed(iter(wanted), BATCH)
+        prefetch = sources[mode, threads].prefetch(iter(wanted), BATCH)
         for _ in wanted:
-            feed.take()
-        feed.close()
+            prefetch.take()
+        prefetch.close()
 
     def open_resident(mode: str) -> None:
         resident[mode] = ResidentSource(paths[mode], manifests[mode], CPU)

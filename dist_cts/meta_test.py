@@ -21,7 +21,7 @@ from dist_cts import models
 from dist_cts.checkpoint.phi import load_phi, phi_metadata
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
-from dist_cts.distributed.process_group import pick_device, process_group, together
+from dist_cts.distributed.process_group import process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
 from dist_cts.models import ModelConfig
@@ -71,7 +71,7 @@ def meta_test(config: MetaTestConfig, phis: dict[str, str]) -> int:
     Raises:
         ValueError, FileNotFoundError: a phi or a target is missing or does not fit the model.
     """
-    device = pick_device(config.device)
+    device = select_device(config.device)
     starts = ({"random": None} if config.random else {}) | phis
     if not starts:
         raise ValueError("nothing to test: give --phi, or random=true")
@@ -86,7 +86,7 @@ def meta_test(config: MetaTestConfig, phis: dict[str, str]) -> int:
     with process_group(device, 3600):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         mine = jobs[rank::world_size]
-        with together():
+        with raise_on_all_ranks():
             for target in config.targets:
                 open_task(config.data.root / target, "test", config.data, device)
             layout = FlatParams(*models.build(config.model, 1, "fits")).body_layout

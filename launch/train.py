@@ -65,6 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    from dist_cts.run.exit_codes import leave
+    from dist_cts.run.exit_codes import exit_process
 
-    leave(code)
+    exit_process(code)

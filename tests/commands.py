@@ -44,14 +44,14 @@ class Command:
             with self.out.open("w") as out, self.err.open("w") as err:
                 self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
             return
-        seats = [{}]
+        assignment = [{}]
         if forked:
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
             size = {"WORLD_SIZE": forked, "LOCAL_WORLD_SIZE": forked}
-            seats = [{"RANK": rank, "LOCAL_RANK": rank, **size, **address} for rank in range(forked)]
+            assignment = [{"RANK": rank, "LOCAL_RANK": rank, **size, **address} for rank in range(forked)]
         context, self.processes = multiprocessing.get_context("forkserver"), []
-        for seat in seats:
+        for seat in assignment:
             variables = environment | {key: str(value) for key, value in seat.items()}
             run = (arguments, variables, self.out, self.err)
             self.processes.append(context.Process(target=_run_script, args=run))

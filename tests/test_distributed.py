@@ -4,26 +4,26 @@ import pytest
 import torch
 
 from dist_cts.distributed.placement import place
-from dist_cts.distributed.process_group import check_layouts, check_same_bits, pick_device, together
+from dist_cts.distributed.process_group import check_layouts, check_same_bits, raise_on_all_ranks, select_device
 from dist_cts.errors import RunError
 from dist_cts.flat import FlatLayout
 
 
 @pytest.mark.parametrize(("tasks", "world_size"), [(8, 8), (8, 1), (8, 3), (5, 2), (64, 64), (1024, 1024), (8, 5)])
 def test_every_task_has_one_rank_and_loads_differ_by_one_at_most(tasks, world_size):
-    seats = [place(tasks, world_size, rank) for rank in range(world_size)]
-    assert [task for seat in seats for task in seat.local_tasks] == list(range(tasks))
-    loads = [len(seat.local_tasks) for seat in seats]
+    assignment = [place(tasks, world_size, rank) for rank in range(world_size)]
+    assert [task for seat in assignment for task in seat.local_tasks] == list(range(tasks))
+    loads = [len(seat.local_tasks) for seat in assignment]
     assert max(loads) - min(loads) <= 1
-    assert all(seat.contributes and seat.data_ranks == 1 for seat in seats)
+    assert all(seat.contributes and seat.data_ranks == 1 for seat in assignment)
 
 
 def test_more_ranks_than_tasks_share_a_task_in_neighbouring_groups():
-    seats = [place(2, 6, rank) for rank in range(6)]
-    assert [(list(seat.local_tasks), seat.data_rank) for seat in seats] == [
+    assignment = [place(2, 6, rank) for rank in range(6)]
+    assert [(list(seat.local_tasks), seat.data_rank) for seat in assignment] == [
         ([0], 0), ([0], 1), ([0], 2), ([1], 0), ([1], 1), ([1], 2),
     ]  # fmt: skip
-    assert [seat.contributes for seat in seats] == [True, False, False, True, False, False]
+    assert [seat.contributes for seat in assignment] == [True, False, False, True, False, False]
 
 
 def test_a_world_size_that_fits_no_layout_is_refused_with_the_numbers():
@@ -36,14 +36,14 @@ def test_a_world_size_that_fits_no_layout_is_refused_with_the_numbers():
 def test_auto_takes_gpus_only_where_every_local_rank_has_one(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick_device("auto") == torch.device("cpu")
+    assert select_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="8 ranks on this node but 1 GPUs"):
-        pick_device("cuda")
+        select_device("cuda")
 
 
 def fail_on_rank_1(rank):
     try:
-        with together():
+        with raise_on_all_ranks():
             if rank == 1:
                 raise FileNotFoundError("x.beton does not exist")
     except FileNotFoundError as error:

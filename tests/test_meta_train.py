@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS
-from dist_cts.distributed.placement import Placement, data_group, even_seats
+from dist_cts.distributed.placement import Placement, data_group, even_assignment
 from dist_cts.distributed.process_group import check_layouts
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import synchronise
@@ -45,8 +45,8 @@ def phi_zero():
 
 def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext):
     """phi after M episodes on this rank; the loop runs inside `watch()`. `tasks`: how many, or the ranks of each."""
-    seats = even_seats(tasks, world_size) if isinstance(tasks, int) else tasks
-    placement = Placement(seats, world_size, rank)
+    assignment = even_assignment(tasks, world_size) if isinstance(tasks, int) else tasks
+    placement = Placement(assignment, world_size, rank)
     group = data_group(placement)
     learners = []
     for task in placement.local_tasks:

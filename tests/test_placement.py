@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_cts.distributed.balance import agree_on_costs, loads, named_seats, plan
-from dist_cts.distributed.placement import Placement, data_group, even_seats
+from dist_cts.distributed.balance import agree_on_costs, loads, named_assignment, plan
+from dist_cts.distributed.placement import Placement, data_group, even_assignment
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.shutdown import StopRequest
 from dist_cts.run.train import Run, build_learner
@@ -29,11 +29,11 @@ def best_of_all(costs, world_size, batch_size):
     sets = [ranks for bits in range(1, 2**world_size)
             if len(ranks := tuple(r for r in range(world_size) if bits >> r & 1)) in sizes]  # fmt: skip
     least = math.inf
-    for seats in product(sets, repeat=len(costs)):
-        taken = [rank for ranks in seats for rank in ranks]
-        shared = {rank for ranks in seats if len(ranks) > 1 for rank in ranks}
+    for assignment in product(sets, repeat=len(costs)):
+        taken = [rank for ranks in assignment for rank in ranks]
+        shared = {rank for ranks in assignment if len(ranks) > 1 for rank in ranks}
         if set(taken) == set(range(world_size)) and all(taken.count(rank) == 1 for rank in shared):
-            least = min(least, max(loads(seats, costs)))
+            least = min(least, max(loads(assignment, costs)))
     return least
 
 
@@ -46,32 +46,32 @@ def test_few_tasks_get_almost_the_best_placement_of_all(batch_size, costs, world
         with pytest.raises(ValueError, match=f"each of {world_size} ranks a share of {len(costs)} tasks"):
             plan(costs, world_size, [batch_size] * len(costs))
     else:
-        seats = plan(costs, world_size, [batch_size] * len(costs))
-        assert best <= max(loads(seats, costs)) * (1 + 1e-9) <= 4 / 3 * best * (1 + 2e-9)
+        assignment = plan(costs, world_size, [batch_size] * len(costs))
+        assert best <= max(loads(assignment, costs)) * (1 + 1e-9) <= 4 / 3 * best * (1 + 2e-9)
 
 
 @given(costs=COSTS, world_size=st.integers(1, 40), batch_size=st.sampled_from([32, 96, 128]))
 @settings(max_examples=200, deadline=None)
 def test_every_task_has_ranks_no_rank_is_idle_and_the_busiest_has_no_more_than_evenly(costs, world_size, batch_size):
     try:
-        seats = plan(costs, world_size, [batch_size] * len(costs))
+        assignment = plan(costs, world_size, [batch_size] * len(costs))
     except ValueError:
         assert world_size > len(costs)
         return
-    places = [Placement(seats, world_size, rank) for rank in range(world_size)]
-    assert len(seats) == len(costs)
+    places = [Placement(assignment, world_size, rank) for rank in range(world_size)]
+    assert len(assignment) == len(costs)
     assert sorted({task for place in places for task in place.local_tasks}) == list(range(len(costs)))
     for place in places:
         assert place.local_tasks
         assert place.data_ranks == 1 or len(place.local_tasks) == 1
         assert batch_size % place.data_ranks == 0
     if world_size <= len(costs):
-        assert max(loads(seats, costs)) <= max(loads(even_seats(len(costs), world_size), costs))
+        assert max(loads(assignment, costs)) <= max(loads(even_assignment(len(costs), world_size), costs))
 
 
 def test_equal_tasks_keep_the_even_placement():
     for tasks, world_size in ((8, 8), (8, 2), (8, 3), (2, 4), (1, 1), (1024, 1024), (8, 1024)):
-        assert plan([3.0] * tasks, world_size, [128] * tasks) == even_seats(tasks, world_size)
+        assert plan([3.0] * tasks, world_size, [128] * tasks) == even_assignment(tasks, world_size)
 
 
 def test_a_heavy_task_is_shared_and_light_ones_sit_together():
@@ -94,7 +94,7 @@ def test_a_heavy_task_is_shared_and_light_ones_sit_together():
 )
 def test_a_placement_by_name_that_does_not_fit_is_refused(mapping, message):
     with pytest.raises(ValueError, match=message):
-        named_seats(mapping, ["a", "b"], 2)
+        named_assignment(mapping, ["a", "b"], 2)
 
 
 def run(rank, tasks, folder, placement="even", reduction="mean", episodes=2):
@@ -110,7 +110,7 @@ def run(rank, tasks, folder, placement="even", reduction="mean", episodes=2):
     run = Run(config, device, StopRequest(), costs=costs)
     with redirect_stderr(StringIO()) as said:
         assert run.train() == 0
-    return run.phi, run.placement.seats, costs, said.getvalue()
+    return run.phi, run.placement.assignment, costs, said.getvalue()
 
 
 SHARED = {"c": [2, 0], "a": [1], "b": [3], "d": [1]}  # a data group, and ranks with one task and with two
@@ -128,35 +128,35 @@ def test_a_run_goes_on_on_another_placement(run_ranks, tasks, tmp_path):
     """Ordered, so that a task that has one rank before and after gives the same bits."""
     [(expected, *_)] = run_ranks(1, run, tasks, tmp_path / "undisturbed", "even", "ordered")
     run_ranks(1, run, tasks, tmp_path / "x", "even", "ordered", 1)
-    for phi, seats, *_ in run_ranks(2, run, tasks, tmp_path / "x", SHARED | {"b": [0], "c": [1]}, "ordered"):
-        assert seats == ((1,), (0,), (1,), (1,))
+    for phi, assignment, *_ in run_ranks(2, run, tasks, tmp_path / "x", SHARED | {"b": [0], "c": [1]}, "ordered"):
+        assert assignment == ((1,), (0,), (1,), (1,))
         assert torch.equal(phi, expected)
 
 
 def test_auto_plans_from_step_times_that_rank_0_measures_once_for_all(run_ranks, tasks, tmp_path):
     seen = run_ranks(2, run, tasks, tmp_path, "auto", "mean", 1)
     assert seen[0][1:3] == seen[1][1:3]
-    _, seats, costs, _ = seen[0]
-    assert seats == plan(list(costs.values()), 2, [8] * 4)
+    _, assignment, costs, _ = seen[0]
+    assert assignment == plan(list(costs.values()), 2, [8] * 4)
     assert costs["a"] == costs["c"]  # 8 px
     assert costs["b"] == costs["d"]  # 12 px
     file = tmp_path / "step_seconds.json"
     assert json.loads(file.read_text()) == costs
     file.write_text(json.dumps(kept := {"a": 0.1, "b": 0.001, "c": 0.1, "d": 0.001}))
     resumed = run_ranks(2, run, tasks, tmp_path, "auto")
-    for _, seats, costs, _ in resumed:
+    for _, assignment, costs, _ in resumed:
         assert costs == kept
-        assert seats == ((0,), (0,), (1,), (1,))
+        assert assignment == ((0,), (0,), (1,), (1,))
     assert "placement on ranks: a, b on 0; c, d on 1; 101 ms a step" in resumed[0][-1]
     assert "placement" not in resumed[1][-1]
 
 
 def test_unequal_data_groups_of_a_64_rank_job_without_one():
-    seats = plan([float(pixels**2) for pixels in (28, 28, 28, 32, 32, 64, 84, 84)], 64, [128] * 8)
+    assignment = plan([float(pixels**2) for pixels in (28, 28, 28, 32, 32, 64, 84, 84)], 64, [128] * 8)
     dist.init_process_group("fake", rank=13, world_size=64, store=FakeStore())
     try:
-        place = Placement(seats, 64, 13)
+        place = Placement(assignment, 64, 13)
         assert data_group(place).size() == place.data_ranks > 1
     finally:
         dist.destroy_process_group()
-    assert len({len(ranks) for ranks in seats}) > 1
+    assert len({len(ranks) for ranks in assignment}) > 1

@@ -32,7 +32,7 @@ from dist_cts.checkpoint.files import (
 )
 from dist_cts.config import Config
 from dist_cts.distributed.placement import Placement
-from dist_cts.distributed.process_group import together
+from dist_cts.distributed.process_group import raise_on_all_ranks
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import TaskLearner
 
@@ -87,7 +87,7 @@ class Checkpoints:
         self._thread: Thread | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}  # kept: new memory costs more time than the copying
         self._saved_at, self._saved_step, self._look = time.monotonic(), 0, 0
-        with together():
+        with raise_on_all_ranks():
             if placement.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
@@ -197,7 +197,7 @@ class Checkpoints:
                 self.warn(f"a damaged checkpoint is passed over: {faults[0]}")
                 damaged.append(path)
                 continue
-            with together():
+            with raise_on_all_ranks():
                 differing = config_difference(manifest.config, config.model_dump(mode="json"), may_differ)
                 if differing:
                     raise ValueError(f"the config does not fit checkpoint {path}: {'; '.join(differing)}")
@@ -253,7 +253,7 @@ class Checkpoints:
     def _files_of_others(self, temporary: Path) -> dict[str, StoredFile]:
         """The other ranks' lists, as soon as each is there."""
         deadline, files = time.monotonic() + PATIENCE, {}
-        for rank in sorted({ranks[0] for ranks in self.placement.seats} - {0}):
+        for rank in sorted({ranks[0] for ranks in self.placement.assignment} - {0}):
             listed, failed = temporary / f"rank-{rank}.json", temporary / f"rank-{rank}.failed"
             while not listed.exists():
                 if failed.exists():

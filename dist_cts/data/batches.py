@@ -13,10 +13,10 @@ from torch import Tensor
 from dist_cts.config import Config
 from dist_cts.data import augment, beton
 from dist_cts.data.beton import Manifest
-from dist_cts.data.plan import SamplePlan, Stretch, default_padding
-from dist_cts.data.source import Feed, ResidentSource, Source, StreamingSource
+from dist_cts.data.plan import PlanChunk, SamplePlan, default_padding
+from dist_cts.data.source import Prefetcher, ResidentSource, Source, StreamingSource
 
-STRETCH = 256  # steps whose plan is computed and moved to the device together
+CHUNK_STEPS = 256  # steps whose plan is computed and moved to the device together
 
 
 class DataConfig(Config):
@@ -90,7 +90,7 @@ class TaskBatches:
         self._mine = slice(data_rank * self._size, (data_rank + 1) * self._size)
         self._mean, self._std = _mean_and_std(manifest, config, source.device)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._feed: Feed | None = None
+        self._prefetcher: Prefetcher | None = None
         self._rows: Iterator[tuple[Tensor, ...]] = iter(())
 
     def next(self) -> tuple[Tensor, Tensor]:
@@ -100,19 +100,19 @@ class TaskBatches:
             RankError: the source broke; the message names task, file and step.
         """
         started = time.perf_counter()
-        if self._feed is None:
-            self._feed = self.source.feed(self._index_rows(self.step), self._size, self.step)
+        if self._prefetcher is None:
+            self._prefetcher = self.source.prefetch(self._index_rows(self.step), self._size, self.step)
             self._rows = self._device_rows(self.step)
         row = next(self._rows)
-        images = self._feed.take(row[0])
+        images = self._prefetcher.take(row[0])
         self.wait_seconds += time.perf_counter() - started
         self.step += 1
         return self._augment(images, *row)
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
         """What `next` gives or gave at any step, to the bit; neither changes what the other gives."""
-        stretch = self._stretch(step, 1)
-        return self._augment(self.source.read(stretch.index[0]), *next(self._to_device(stretch)))
+        chunk = self._chunk(step, 1)
+        return self._augment(self.source.read(chunk.index[0]), *next(self._to_device(chunk)))
 
     def seek(self, step: int) -> None:
         """Makes `step` the next one."""
@@ -121,9 +121,9 @@ class TaskBatches:
 
     def close(self) -> None:
         """Ends the loader thread, if there is one; `next` would start it again."""
-        if self._feed is not None:
-            self._feed.close()
-        self._feed, self._rows = None, iter(())
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._prefetcher, self._rows = None, iter(())
 
     def _augment(
         self, images: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, labels: Tensor
@@ -140,25 +140,25 @@ class TaskBatches:
         )
         return images, labels
 
-    def _stretch(self, start: int, steps: int) -> Stretch:
+    def _chunk(self, start: int, steps: int) -> PlanChunk:
         """This data rank's part of the plan, in the source's indices; [steps, B / D]."""
-        stretch = Stretch(*(array[:, self._mine] for array in self.plan.stretch(start, steps)))
-        return stretch if self._indices is None else stretch._replace(index=self._indices[stretch.index])
+        chunk = PlanChunk(*(array[:, self._mine] for array in self.plan.chunk(start, steps)))
+        return chunk if self._indices is None else chunk._replace(index=self._indices[chunk.index])
 
     def _index_rows(self, start: int) -> Iterator[np.ndarray]:
         """int64 [B / D] for every step from `start` on; the loader's thread reads this."""
         while True:
-            yield from self._stretch(start, STRETCH).index
-            start += STRETCH
+            yield from self._chunk(start, CHUNK_STEPS).index
+            start += CHUNK_STEPS
 
     def _device_rows(self, start: int) -> Iterator[tuple[Tensor, ...]]:
         while True:
-            yield from self._to_device(self._stretch(start, STRETCH))
-            start += STRETCH
+            yield from self._to_device(self._chunk(start, CHUNK_STEPS))
+            start += CHUNK_STEPS
 
-    def _to_device(self, stretch: Stretch) -> Iterator[tuple[Tensor, ...]]:
+    def _to_device(self, chunk: PlanChunk) -> Iterator[tuple[Tensor, ...]]:
         """index, top, left, flip and labels [B / D] of each step, moved together."""
-        arrays = (*stretch, self.source.labels[stretch.index])
+        arrays = (*chunk, self.source.labels[chunk.index])
         tensors = [_move(torch.from_numpy(np.ascontiguousarray(array)), self.source.device) for array in arrays]
         return zip(*tensors, strict=True)
 
@@ -167,14 +167,14 @@ def test_batches(source: Source, batch_size: int, config: DataConfig) -> Iterato
     """Every image once, in order, as float32 [b, 3, P, P] with labels int64 [b]; the last batch may be smaller."""
     mean, std = _mean_and_std(source.manifest, config, source.device)
     indices = np.split(np.arange(source.manifest.count), range(batch_size, source.manifest.count, batch_size))
-    feed = source.feed(iter(indices), batch_size)
+    prefetch = source.prefetch(iter(indices), batch_size)
     try:
         for index in indices:
-            images = feed.take(_move(torch.from_numpy(index), source.device))
+            images = prefetch.take(_move(torch.from_numpy(index), source.device))
             labels = _move(torch.from_numpy(source.labels[index]), source.device)
             yield augment.normalise(images, mean, std), labels
     finally:
-        feed.close()
+        prefetch.close()
 
 
 def _mean_and_std(manifest: Manifest, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 from dist_cts.seeds import hashed_seed
 
 
-class Stretch(NamedTuple):
+class PlanChunk(NamedTuple):
     """Some consecutive steps of a plan; every array is [steps, batch_size]."""
 
     index: np.ndarray  # int64, below count
@@ -50,7 +50,7 @@ class SamplePlan:
                 f"task {self.task}: {self.count} samples in batches of {self.batch_size}; both must be > 0"
             )
 
-    def stretch(self, start: int, steps: int) -> Stretch:
+    def chunk(self, start: int, steps: int) -> PlanChunk:
         """Steps start .. start + steps - 1, in whatever epochs they lie."""
         first, last = start * self.batch_size, (start + steps) * self.batch_size
         pieces = []
@@ -59,13 +59,13 @@ class SamplePlan:
             here = slice(max(first - offset, 0), min(last - offset, self.count))
             pieces.append([array[here] for array in self._epoch(epoch)])
         index, *rest = (np.concatenate(arrays).reshape(steps, -1) for arrays in zip(*pieces, strict=True))
-        return Stretch(index.astype(np.int64), *rest)
+        return PlanChunk(index.astype(np.int64), *rest)
 
     @functools.cached_property
-    def _epoch(self) -> Callable[[int], Stretch]:
+    def _epoch(self) -> Callable[[int], PlanChunk]:
         return functools.lru_cache(maxsize=4)(self._draw_epoch)  # neighbouring stretches share an epoch
 
-    def _draw_epoch(self, epoch: int) -> Stretch:
+    def _draw_epoch(self, epoch: int) -> PlanChunk:
         """An epoch's arrays [count]."""
 
         def generator(purpose: str) -> np.random.Generator:
@@ -75,4 +75,4 @@ class SamplePlan:
         order = generator("order").permutation(np.arange(self.count, dtype=np.int32))
         top, left = generator("crop").integers(2 * self.padding + 1, size=(2, self.count), dtype=np.int16)
         flip = generator("flip").integers(2, size=self.count, dtype=bool) if self.flip else np.zeros(self.count, bool)
-        return Stretch(order, top, left, flip)
+        return PlanChunk(order, top, left, flip)

@@ -26,7 +26,7 @@ AHEAD = 3  # batches that are decoded in advance
 STALLED = 300.0  # seconds without a batch after which a living loader thread counts as stuck
 
 
-class Feed(Protocol):
+class Prefetcher(Protocol):
     """The images of announced rows, one row after the other."""
 
     def take(self, index: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Source(Protocol):
     labels: np.ndarray
     device: torch.device
 
-    def feed(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> Feed:
+    def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> Prefetcher:
         """Starts on `rows`, int64 arrays of at most `size` indices; errors call the first row step `step`."""
 
     def read(self, index: np.ndarray) -> Tensor:
@@ -69,7 +69,7 @@ class ResidentSource:
             images = _decoded_images(StreamingSource(path, manifest, torch.device("cpu"), workers))
         self.images = images.to(device)  # [N, P, P, 3]
 
-    def feed(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "ResidentSource":
+    def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "ResidentSource":
         return self  # nothing to prepare
 
     def take(self, index: Tensor) -> Tensor:
@@ -92,23 +92,23 @@ class StreamingSource:
         self.path, self.manifest, self.device, self.workers = path, manifest, device, workers
         self.labels = _records(path, manifest)["label"].copy()
         self._identity = _identity(path)
-        self._feeds: weakref.WeakSet[StreamingFeed] = weakref.WeakSet()
+        self._prefetchers: weakref.WeakSet[StreamingPrefetcher] = weakref.WeakSet()
 
-    def feed(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "StreamingFeed":
-        feed = StreamingFeed(self, self._unchanged(rows), size, step)
-        self._feeds.add(feed)
-        return feed
+    def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "StreamingPrefetcher":
+        prefetch = StreamingPrefetcher(self, self._unchanged(rows), size, step)
+        self._prefetchers.add(prefetch)
+        return prefetch
 
     def read(self, index: np.ndarray) -> Tensor:
-        feed = self.feed(iter([index]), len(index))
+        prefetch = self.prefetch(iter([index]), len(index))
         try:
-            return feed.take()
+            return prefetch.take()
         finally:
-            feed.close()
+            prefetch.close()
 
     def close(self) -> None:
-        for feed in list(self._feeds):
-            feed.close()
+        for prefetch in list(self._prefetchers):
+            prefetch.close()
 
     def _unchanged(self, rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The rows, while the file is the one that was verified: FFCV would decode any other as it comes, and reading
@@ -140,7 +140,7 @@ class StreamingSource:
         )
 
 
-class StreamingFeed:
+class StreamingPrefetcher:
     """One FFCV iterator for as many rows as there are: there is no end of an epoch, hence no stall at it.
 
     FFCV's batches are views of a ring of buffers, each left alone until the next batch is asked for. On a GPU the copy
@@ -268,10 +268,10 @@ def _decoded_images(source: StreamingSource, size: int = 256) -> Tensor:
     count, pixels = source.manifest.count, source.manifest.pixels
     rows = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
     images = torch.empty(count, pixels, pixels, 3, dtype=torch.uint8)
-    feed = source.feed(iter(rows), size)
+    prefetch = source.prefetch(iter(rows), size)
     try:
         for row in rows:
-            images[row[0] : row[-1] + 1] = feed.take()
+            images[row[0] : row[-1] + 1] = prefetch.take()
     finally:
-        feed.close()
+        prefetch.close()
     return images

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_cts.data.beton import read_manifest
-from dist_cts.distributed.placement import Seats, even_seats
-from dist_cts.distributed.process_group import together
+from dist_cts.distributed.placement import Assignment, even_assignment
+from dist_cts.distributed.process_group import raise_on_all_ranks
 from dist_cts.learner import Batches, TaskLearner
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ BuildLearner = Callable[[str, int, Batches], TaskLearner]  # of name, classes an
 Grouping = tuple[float, tuple[int, ...]]  # predicted load, and the sizes of the data groups
 
 
-def choose_seats(config: "TrainConfig", costs: Costs, world_size: int) -> Seats:
+def choose_assignment(config: "TrainConfig", costs: Costs, world_size: int) -> Assignment:
     """The ranks of every task as `placement` says; `costs` are those of `agree_on_costs`, for `auto`.
 
     Raises:
@@ -40,9 +40,9 @@ def choose_seats(config: "TrainConfig", costs: Costs, world_size: int) -> Seats:
     """
     names = [task.name for task in config.tasks]
     if config.placement == "even":
-        return even_seats(len(names), world_size)
+        return even_assignment(len(names), world_size)
     if config.placement != "auto":
-        return named_seats(config.placement, names, world_size)
+        return named_assignment(config.placement, names, world_size)
     sizes = [task.batch_size or config.batch_size for task in config.tasks]
     if config.algorithm == "imaml":  # it cannot share a task
         sizes = [1] * len(names)
@@ -59,7 +59,7 @@ def agree_on_costs(config: "TrainConfig", device: torch.device, build: BuildLear
         ValueError, FileNotFoundError: a task is not there.
     """
     costs: list[dict[str, float]] = [{}]
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             file = config.run_dir / STEP_SECONDS
             if file.exists() and not fresh:
@@ -110,28 +110,28 @@ def step_seconds(learner: TaskLearner) -> float:
     return timer.blocked_autorange(min_run_time=0.5).median
 
 
-def describe(seats: Seats, names: Sequence[str], costs: Costs) -> str:
+def describe(assignment: Assignment, names: Sequence[str], costs: Costs) -> str:
     """A line: which tasks sit where and, with `costs`, how long a step should take."""
     tasks: dict[tuple[int, ...], list[str]] = {}
-    for ranks, name in sorted(zip(seats, names, strict=True)):
+    for ranks, name in sorted(zip(assignment, names, strict=True)):
         tasks.setdefault(ranks, []).append(name)
     where = "; ".join(f"{', '.join(own)} on {'+'.join(map(str, ranks))}" for ranks, own in tasks.items())
     if costs is None:
         return f"placement on ranks: {where}"
-    step = max(loads(seats, [costs[name] for name in names]))
+    step = max(loads(assignment, [costs[name] for name in names]))
     return f"placement on ranks: {where}; {1e3 * step:.3g} ms a step, without data and communication"
 
 
-def loads(seats: Seats, costs: Sequence[float]) -> list[float]:
+def loads(assignment: Assignment, costs: Sequence[float]) -> list[float]:
     """Every rank's predicted load, from every task's step time on one rank."""
-    total = [0.0] * (1 + max(rank for ranks in seats for rank in ranks))
-    for ranks, cost in zip(seats, costs, strict=True):
+    total = [0.0] * (1 + max(rank for ranks in assignment for rank in ranks))
+    for ranks, cost in zip(assignment, costs, strict=True):
         for rank in ranks:
             total[rank] += cost / len(ranks)
     return total
 
 
-def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) -> Seats:
+def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) -> Assignment:
     """The placement whose busiest rank has least to do, each rank having a task; of equals, the even one.
 
     Some of the heaviest tasks get data groups, of sizes that divide their batches; the others go, the heaviest first,
@@ -159,9 +159,9 @@ def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) ->
         groupings = {taken: groupings[taken] for taken, bound in bounds.items() if bound < least}
         for taken in sorted(groupings, key=bounds.get)[:LOOKS]:
             if world_size - taken <= len(light):
-                seats = _seats(order[:heavy], groupings[taken][1], _pack(light, costs, world_size - taken))
-                if (load := max(loads(seats, costs))) < least:
-                    best, least = seats, load
+                assignment = _number_ranks(order[:heavy], groupings[taken][1], _pack(light, costs, world_size - taken))
+                if (load := max(loads(assignment, costs))) < least:
+                    best, least = assignment, load
         if light:
             groupings = _with_group(groupings, costs[light[0]], batch_sizes[light[0]], world_size)
     if best is None:
@@ -172,7 +172,7 @@ def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) ->
     return best
 
 
-def named_seats(mapping: Mapping[str, Sequence[int]], names: Sequence[str], world_size: int) -> Seats:
+def named_assignment(mapping: Mapping[str, Sequence[int]], names: Sequence[str], world_size: int) -> Assignment:
     """The placement that a config names: the ranks of every task.
 
     Raises:
@@ -199,12 +199,12 @@ def named_seats(mapping: Mapping[str, Sequence[int]], names: Sequence[str], worl
     return tuple(tuple(sorted(mapping[name])) for name in names)
 
 
-def _even(world_size: int, batch_sizes: Sequence[int]) -> Seats | None:
+def _even(world_size: int, batch_sizes: Sequence[int]) -> Assignment | None:
     """The even placement, if there is one and the batches divide."""
     share, rest = divmod(world_size, len(batch_sizes))
     if share and (rest or any(size % share for size in batch_sizes)):
         return None
-    return even_seats(len(batch_sizes), world_size)
+    return even_assignment(len(batch_sizes), world_size)
 
 
 def _with_group(groupings: dict[int, Grouping], cost: float, batch_size: int, world_size: int) -> dict[int, Grouping]:
@@ -228,12 +228,12 @@ def _pack(tasks: Sequence[int], costs: Sequence[float], ranks: int) -> list[list
     return piles
 
 
-def _seats(heavy: Sequence[int], sizes: Sequence[int], piles: Sequence[Sequence[int]]) -> Seats:
+def _number_ranks(heavy: Sequence[int], sizes: Sequence[int], piles: Sequence[Sequence[int]]) -> Assignment:
     """Numbers the ranks: the largest groups first, so that groups of 2, 4 or 8 do not straddle two nodes."""
-    seats: dict[int, tuple[int, ...]] = {}
+    assignment: dict[int, tuple[int, ...]] = {}
     first = 0
     for size, task in sorted(zip(sizes, heavy, strict=True), reverse=True):
-        seats[task] = tuple(range(first, first + size))
+        assignment[task] = tuple(range(first, first + size))
         first += size
-    seats |= {task: (rank,) for rank, pile in enumerate(piles, first) for task in pile}
-    return tuple(seats[task] for task in range(len(seats)))
+    assignment |= {task: (rank,) for rank, pile in enumerate(piles, first) for task in pile}
+    return tuple(assignment[task] for task in range(len(assignment)))

@@ -21,7 +21,7 @@ PATIENCE = 4.0  # seconds that the living have to answer
 GO_ON = "the same command goes on from the newest checkpoint"
 
 
-class Roll:
+class LivenessCheck:
     """The ranks of the process group, in a store that all of them reach; it is called once, for then the run ends."""
 
     def __init__(self) -> None:
@@ -70,21 +70,21 @@ class Roll:
 
 
 @contextmanager
-def lost_peers_named() -> Iterator[Roll]:
+def liveness_checked() -> Iterator[LivenessCheck]:
     """A block in which the loss of a rank becomes one line, printed by one of those left.
 
     Raises:
         RunError: what gloo and NCCL raise when a rank is gone, turned into that line.
     """
-    roll = Roll()
+    liveness = LivenessCheck()
     try:
-        yield roll
+        yield liveness
     except RunError:
         raise
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if not isinstance(error, dist.DistError) and "gloo" not in text:
             raise
-        raise roll.failure(text[:160]) from error
+        raise liveness.failure(text[:160]) from error
     finally:
-        roll.close()
+        liveness.close()

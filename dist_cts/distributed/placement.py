@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch.distributed as dist
 
-Seats = tuple[tuple[int, ...], ...]  # the ranks of every task, in task order; a task's ranks ascend
+Assignment = tuple[tuple[int, ...], ...]  # the ranks of every task, in task order; a task's ranks ascend
 
 
 @dataclass(frozen=True)
@@ -17,24 +17,24 @@ class Placement:
     a single task; D may differ from task to task. No rank is without a task.
     """
 
-    seats: Seats
+    assignment: Assignment
     world_size: int  # W
     rank: int
 
     @property
     def tasks(self) -> int:
         """T."""
-        return len(self.seats)
+        return len(self.assignment)
 
     @cached_property
     def local_tasks(self) -> tuple[int, ...]:
         """This rank's tasks, ascending."""
-        return tuple(task for task, ranks in enumerate(self.seats) if self.rank in ranks)
+        return tuple(task for task, ranks in enumerate(self.assignment) if self.rank in ranks)
 
     @property
     def data_group(self) -> tuple[int, ...]:
         """The ranks that share this rank's task, itself among them; itself alone where it has its tasks to itself."""
-        return self.seats[self.local_tasks[0]]
+        return self.assignment[self.local_tasks[0]]
 
     @property
     def data_rank(self) -> int:
@@ -52,7 +52,7 @@ class Placement:
         return self.data_rank == 0
 
 
-def even_seats(tasks: int, world_size: int) -> Seats:
+def even_assignment(tasks: int, world_size: int) -> Assignment:
     """Equal loads for equal tasks: contiguous blocks of tasks a rank, or D neighbouring ranks for each task.
 
     Raises:
@@ -75,12 +75,12 @@ def place(tasks: int, world_size: int, rank: int) -> Placement:
     Raises:
         ValueError: more ranks than tasks, and not a multiple of them.
     """
-    return Placement(even_seats(tasks, world_size), world_size, rank)
+    return Placement(even_assignment(tasks, world_size), world_size, rank)
 
 
 def data_group(placement: Placement, timeout_seconds: float = 120) -> dist.ProcessGroup | None:
     """The ranks that share this rank's task; None where it has its tasks to itself. Every rank calls this."""
-    groups = [list(ranks) for ranks in placement.seats if len(ranks) > 1]  # the same order on all ranks
+    groups = [list(ranks) for ranks in placement.assignment if len(ranks) > 1]  # the same order on all ranks
     if not groups:
         return None
     return dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout_seconds))[0]

@@ -17,7 +17,7 @@ from dist_cts.errors import RunError
 from dist_cts.flat import FlatLayout
 
 
-def pick_device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
     """`cpu`, `cuda`, or `auto`: this local rank's GPU where every local rank has one, otherwise the CPU.
 
     This process is made ready for it.
@@ -99,7 +99,7 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """A block in which an error of one rank is raised on all of them, instead of leaving the others waiting.
 
     Raises:

@@ -54,7 +54,7 @@ class MetaReducer:
         self.learners, self.placement, self.reduction = learners, placement, reduction
         taken = Counter[int]()
         self.places: list[tuple[int, int]] = []  # of each task, with `ordered`: its first rank, and the row there
-        for first, *_ in placement.seats:
+        for first, *_ in placement.assignment:
             self.places.append((first, taken[first]))
             taken[first] += 1
         self.rows = max(taken.values()) if reduction == "ordered" else 1

@@ -35,7 +35,7 @@ def finish(command: Callable[[], int]) -> int:
     return code
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process at once; all files must be closed.
 
     gloo's threads outlive the interpreter and at times abort an orderly exit: a finished rank would look like a crash.

@@ -40,7 +40,7 @@ def environment(device: torch.device, world_size: int) -> dict:
     }
 
 
-def occupy(folder: Path, fresh: bool = False) -> IO[str]:
+def lock(folder: Path, fresh: bool = False) -> IO[str]:
     """Takes the folder for this process, until the returned file is closed or the process ends.
 
     `fresh` renames a folder that holds a run to the first free one of FOLDER.1, FOLDER.2, ... and makes a new one.
@@ -59,7 +59,7 @@ def occupy(folder: Path, fresh: bool = False) -> IO[str]:
     if fresh and (folder / "checkpoints").exists():
         numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
         folder.rename(next(path for path in numbered if not path.exists()))
-        return occupy(folder)
+        return lock(folder)
     file.truncate(0)
     file.write(f"another run (process {os.getpid()} on {socket.gethostname()})")
     file.flush()

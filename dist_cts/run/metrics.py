@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.reducer import Control
 from dist_cts.progress import Progress
-from dist_cts.run.console import say
+from dist_cts.run.console import log_rank0
 
 
 class Metrics:
@@ -26,7 +26,7 @@ class Metrics:
     def __init__(self, folder: Path, tasks: list[str], placement: Placement, progress: Progress, steps: int) -> None:
         """`steps`: the inner steps of the whole run, for the progress bar; `progress` says how many are done."""
         self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
-        self.ranks = [ranks[0] for ranks in placement.seats]
+        self.ranks = [ranks[0] for ranks in placement.assignment]
         self.active = placement.rank == 0
         self._lost = False  # some records, to a full disk
         self._clear()
@@ -69,7 +69,7 @@ class Metrics:
         """Writes one task's loss and accuracy (0 .. 1) on its own test images, theta in mid-trajectory."""
         if self.active:
             self._write(progress, task=task, test_loss=round(loss, 6), test_accuracy=round(accuracy, 6))
-            say(f"step {progress.step}: {task} test accuracy {100 * accuracy:.1f} %, test loss {loss:.3f}")
+            log_rank0(f"step {progress.step}: {task} test accuracy {100 * accuracy:.1f} %, test loss {loss:.3f}")
 
     def close(self) -> None:
         """Closes the files; what was written stays."""
@@ -99,7 +99,7 @@ class Metrics:
             yield
         except OSError as error:
             if not self._lost:
-                say(f"records of metrics are lost: {error}; training goes on")
+                log_rank0(f"records of metrics are lost: {error}; training goes on")
             self._lost = True
 
     def _show(self, progress: Progress, loss: torch.Tensor, accuracy: torch.Tensor, rate: float) -> None:
@@ -109,7 +109,7 @@ class Metrics:
         self.bar.update(progress.step - self.bar.n)
         if self.bar.disable:
             tasks = " ".join(f"{name} {loss[task]:.2f}" for task, name in enumerate(self.tasks))
-            say(
+            log_rank0(
                 f"step {progress.step}/{self.steps} episode {progress.episode} k {progress.inner_step} {mean} "
                 f"{rate:.1f} steps/s wait {float(self._wait.max()):.2f} s | {tasks}"
             )

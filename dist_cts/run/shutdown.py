@@ -20,7 +20,7 @@ class StopRequest:
         """By a signal, or because the agent is dead: nobody would restart a run that goes on without it."""
         return self._since is not None or self._agent not in (None, os.getppid())
 
-    def obey(self, number: int, frame: object) -> None:
+    def handle(self, number: int, frame: object) -> None:
         """A signal's handler; a second Ctrl-C ends the process, but a terminal's reaches a rank twice through torchrun.
 
         Raises:
@@ -41,7 +41,7 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.signal(number, request.obey) for number in numbers}
+    before = {number: signal.signal(number, request.handle) for number in numbers}
     try:
         yield request
     finally:

@@ -14,10 +14,16 @@ from dist_cts.algorithms.table import make_algorithm
 from dist_cts.checkpoint.manager import Checkpoints
 from dist_cts.checkpoint.phi import SNAPSHOTS, export_phi, load_phi
 from dist_cts.data.batches import TaskBatches, open_task, test_batches
-from dist_cts.distributed.balance import Costs, agree_on_costs, choose_seats, describe, keep_costs
-from dist_cts.distributed.peer_failure import lost_peers_named
+from dist_cts.distributed.balance import Costs, agree_on_costs, choose_assignment, describe, keep_costs
+from dist_cts.distributed.peer_failure import liveness_checked
 from dist_cts.distributed.placement import Placement, data_group
-from dist_cts.distributed.process_group import check_layouts, check_same_bits, pick_device, process_group, together
+from dist_cts.distributed.process_group import (
+    check_layouts,
+    check_same_bits,
+    process_group,
+    raise_on_all_ranks,
+    select_device,
+)
 from dist_cts.distributed.reducer import Control, MetaReducer
 from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.errors import RunError
@@ -27,7 +33,7 @@ from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
 from dist_cts.run import folder as run_folder
 from dist_cts.run.config import TaskConfig, TrainConfig
-from dist_cts.run.console import say
+from dist_cts.run.console import log_rank0
 from dist_cts.run.exit_codes import DONE, STOPPED
 from dist_cts.run.metrics import Metrics
 from dist_cts.run.shutdown import StopRequest, stop_requests
@@ -42,15 +48,15 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
         ValueError, FileNotFoundError: the run cannot start as configured.
         RunError: it failed on the way.
     """
-    device = pick_device(config.device)
-    with process_group(device, config.timeout_seconds), stop_requests() as stop, lost_peers_named() as roll:
+    device = select_device(config.device)
+    with process_group(device, config.timeout_seconds), stop_requests() as stop, liveness_checked() as liveness:
         fresh = fresh and not run_folder.restarted()
         costs = None
         if config.placement == "auto":
             costs = agree_on_costs(config, device, partial(build_learner, config, device), fresh)
-        with together():
+        with raise_on_all_ranks():
             run = Run(config, device, stop, fresh, costs)
-        roll.describe = run.whereabouts
+        liveness.describe = run.whereabouts
         return run.train()
 
 
@@ -78,12 +84,12 @@ class Run:
         self.config, self.device, self.stop, self.folder = config, device, stop, config.run_dir
         self.progress = Progress(config.inner_steps)
         self.diverging: set[int] = set()  # tasks already reported
-        seats, self.costs = choose_seats(config, costs, dist.get_world_size()), costs
-        self.placement = Placement(seats, dist.get_world_size(), dist.get_rank())
+        assignment, self.costs = choose_assignment(config, costs, dist.get_world_size()), costs
+        self.placement = Placement(assignment, dist.get_world_size(), dist.get_rank())
         self.learners = [self._learner(config.tasks[task]) for task in self.placement.local_tasks]
         if self.placement.rank == 0:
             with run_folder.written(self.folder):
-                self.lock = run_folder.occupy(self.folder, fresh)
+                self.lock = run_folder.lock(self.folder, fresh)
                 keep_costs(self.folder, costs)
 
     def train(self) -> int:
@@ -93,25 +99,25 @@ class Run:
         self.layout = self.learners[0].flat.body_layout
         check_layouts(self.layout)
         self.phi = self._phi_zero()
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint, placement, warn=say)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint, placement, warn=log_rank0)
         resumed = self.checkpoints.load_newest(self.phi, self.layout, self.learners, config)
         self.progress.step = resumed or 0
         for learner in self.learners:
             learner.batches.seek(self.progress.step)
         self.reducer = MetaReducer(self.phi, self.learners, placement, config.reduction)
         steps = config.episodes * config.inner_steps
-        with together(), run_folder.written(self.folder):
+        with raise_on_all_ranks(), run_folder.written(self.folder):
             if placement.rank == 0:
                 run_folder.describe(self.folder, config, self.device, placement.world_size)
             self.metrics = Metrics(self.folder, self.names, placement, self.progress, steps)
         evaluations = self.algorithm.evaluations_per_meta_update(config.inner_steps)
-        say(f"{config.algorithm}: {evaluations:g} gradient evaluations a task for each update of phi")
+        log_rank0(f"{config.algorithm}: {evaluations:g} gradient evaluations a task for each update of phi")
         if note := self.algorithm.cost_note(config.inner_steps):
-            say(f"{config.algorithm} {note}")
+            log_rank0(f"{config.algorithm} {note}")
         if config.placement != "even":
-            say(describe(placement.seats, self.names, self.costs))
+            log_rank0(describe(placement.assignment, self.names, self.costs))
         if resumed is not None:
-            say(f"going on from the checkpoint of step {resumed}")
+            log_rank0(f"going on from the checkpoint of step {resumed}")
         self.started = time.monotonic()
         with closing(self.metrics):
             meta_train(
@@ -134,7 +140,7 @@ class Run:
         self.reducer.stop_requested = bool(late) or self.stop.made
         log, save = step % config.log_every == 0, self.checkpoints.due(step)
         for control in self.reducer.received(flush=log or save):
-            self._obey(control)
+            self._handle_control(control)
         if log:
             self.metrics.log(self.progress)
         if config.eval_every and step % config.eval_every == 0:
@@ -148,16 +154,16 @@ class Run:
 
     def whereabouts(self, ranks: list[int]) -> str:
         """Ranks with their tasks, and the step that this rank is at: `rank 1 (task b), in step 17`."""
-        seats = list(zip(self.names, self.placement.seats, strict=True))
-        tasks = {rank: ", ".join(name for name, seated in seats if rank in seated) for rank in ranks}
+        assignment = list(zip(self.names, self.placement.assignment, strict=True))
+        tasks = {rank: ", ".join(name for name, seated in assignment if rank in seated) for rank in ranks}
         return f"{', '.join(f'rank {rank} (task {tasks[rank]})' for rank in ranks)}, in step {self.progress.step},"
 
-    def _obey(self, control: Control) -> None:
+    def _handle_control(self, control: Control) -> None:
         self.metrics.add(control)
         self.progress.stopping |= control.stop
         limit, beyond = self.config.loss_limit, (control.loss > self.config.loss_limit).nonzero().flatten().tolist()
         for task in set(beyond) - self.diverging:
-            say(
+            log_rank0(
                 f"step {control.step}: task {self.names[task]} diverges, its loss is {control.loss[task]:.3g} "
                 f"(loss_limit={limit:g}): lower inner.lr or meta_lr"
             )
@@ -171,7 +177,7 @@ class Run:
                 f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, look at that task's images, "
                 "or set nonfinite=skip; the newest checkpoint is in " + str(self.folder / "checkpoints")
             )
-        say(f"{fault}; that learner starts again from phi")
+        log_rank0(f"{fault}; that learner starts again from phi")
         for task, learner in zip(self.placement.local_tasks, self.learners, strict=True):
             if task in control.nonfinite:
                 learner.restart(self.phi)
@@ -205,7 +211,7 @@ class Run:
         """phi_0 [N] from the seed or a file, equal on all ranks from step 0 (the released code's ranks start apart)."""
         config = self.config
         phi = torch.zeros(self.layout.numel, dtype=self.layout.dtype, device=self.device)
-        with together():
+        with raise_on_all_ranks():
             if self.placement.rank == 0 and config.init is not None:
                 load_named(self.layout, phi, load_phi(config.init), config.init)
             elif self.placement.rank == 0:
@@ -234,7 +240,7 @@ class Run:
                 path.parent.mkdir(exist_ok=True)
                 self._export(path)
             except OSError as error:
-                say(f"no snapshot of step {self.progress.step}: {error}; training goes on")
+                log_rank0(f"no snapshot of step {self.progress.step}: {error}; training goes on")
 
     def _export(self, path: Path) -> None:
         config, step = self.config, self.progress.step
@@ -254,20 +260,20 @@ class Run:
 
     def _end(self, finished: bool) -> int:
         for control in self.reducer.received(flush=True):
-            self._obey(control)
+            self._handle_control(control)
         self.metrics.log(self.progress)
         check_same_bits(self.phi, self.progress.step)
         saved = self._save(wait=True)
         for learner in self.learners:
             learner.batches.close()
         phi = self.folder / "phi.safetensors"
-        with together(), run_folder.written(self.folder):
+        with raise_on_all_ranks(), run_folder.written(self.folder):
             if self.placement.rank == 0:
                 self._export(phi)
         if finished:
-            say(f"done: {self.progress.step} steps, phi is in {phi}")
+            log_rank0(f"done: {self.progress.step} steps, phi is in {phi}")
         elif saved:
-            say(f"stopped at step {self.progress.step}, a checkpoint is written: the same command goes on")
+            log_rank0(f"stopped at step {self.progress.step}, a checkpoint is written: the same command goes on")
         if not finished and not saved:
             raise RunError(f"stopped at step {self.progress.step}, but no checkpoint of it could be written")
         return DONE if finished else STOPPED

@@ -44,7 +44,7 @@ def sources(root):
 
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch):
-    monkeypatch.setattr(batches, "STRETCH", 7)
+    monkeypatch.setattr(batches, "CHUNK_STEPS", 7)
 
 
 def equal(one, other):
@@ -78,7 +78,7 @@ def test_a_batch_is_the_planned_samples(sources):
     config = DataConfig(padding=0, flip=False, normalise="dataset")
     one = TaskBatches(source, 5, 16, config)
     mean, std = torch.tensor(source.manifest.mean), torch.tensor(source.manifest.std)
-    for index in one.plan.stretch(0, 9).index:
+    for index in one.plan.chunk(0, 9).index:
         images, labels = one.next()
         assert torch.equal(images, normalise(source.images[index], mean, std))
         assert np.array_equal(labels.numpy(), source.labels[index])
@@ -149,10 +149,10 @@ def test_test_batches_left_early_end_their_thread(sources):
     source = sources["28-raw", "stream"]
     pieces = batches.test_batches(source, 8, CONFIG)
     list(itertools.islice(pieces, 2))
-    (feed,) = source._feeds
-    assert feed._iterator.is_alive()
+    (prefetch,) = source._prefetchers
+    assert prefetch._iterator.is_alive()
     pieces.close()
-    assert not feed._iterator.is_alive()
+    assert not prefetch._iterator.is_alive()
 
 
 def test_auto_keeps_on_the_device_what_fits(root):

@@ -12,7 +12,7 @@ DIGEST = "4bdaba119c605b03"  # of PLAN.stretch(5, 40)
 
 
 def digest(plan):
-    return hashlib.sha256(b"".join(array.tobytes() for array in plan.stretch(5, 40))).hexdigest()[:16]
+    return hashlib.sha256(b"".join(array.tobytes() for array in plan.chunk(5, 40))).hexdigest()[:16]
 
 
 def equal(one, other):
@@ -20,19 +20,19 @@ def equal(one, other):
 
 
 def test_shapes_types_and_ranges():
-    stretch = PLAN.stretch(0, 1000)
-    assert [array.shape for array in stretch] == [(1000, 16)] * 4
-    assert [array.dtype for array in stretch] == [np.int64, np.int16, np.int16, bool]
-    for corner in (stretch.top, stretch.left):
+    chunk = PLAN.chunk(0, 1000)
+    assert [array.shape for array in chunk] == [(1000, 16)] * 4
+    assert [array.dtype for array in chunk] == [np.int64, np.int16, np.int16, bool]
+    for corner in (chunk.top, chunk.left):
         assert set(np.unique(corner)) == set(range(9))
-    assert not np.array_equal(stretch.top, stretch.left)
-    assert 0.48 < stretch.flip.mean() < 0.52
+    assert not np.array_equal(chunk.top, chunk.left)
+    assert 0.48 < chunk.flip.mean() < 0.52
 
 
 @pytest.mark.parametrize("count", [100, 16, 5, 1])
 def test_every_epoch_holds_every_sample_once_also_within_one_batch(count):
     plan = SamplePlan(seed=0, task="noise", count=count, batch_size=16, padding=4)
-    stream = plan.stretch(0, 50).index.ravel()
+    stream = plan.chunk(0, 50).index.ravel()
     epochs = stream[: len(stream) // count * count].reshape(-1, count)
     assert len(epochs) >= 8
     assert (np.sort(epochs, axis=1) == np.arange(count)).all()
@@ -41,22 +41,22 @@ def test_every_epoch_holds_every_sample_once_also_within_one_batch(count):
 
 
 def test_a_stretch_does_not_depend_on_where_it_starts():
-    whole = PLAN.stretch(0, 60)
-    assert equal(PLAN.stretch(13, 30), [array[13:43] for array in whole])
-    assert equal(PLAN.stretch(59, 1), [array[59:] for array in whole])
+    whole = PLAN.chunk(0, 60)
+    assert equal(PLAN.chunk(13, 30), [array[13:43] for array in whole])
+    assert equal(PLAN.chunk(59, 1), [array[59:] for array in whole])
 
 
 def test_seed_task_and_epoch_are_hashed_not_added():
     def epoch_of(seed, task, epoch):
-        return tuple(SamplePlan(seed, task, 100, 100, 4).stretch(epoch, 1).index[0])
+        return tuple(SamplePlan(seed, task, 100, 100, 4).chunk(epoch, 1).index[0])
 
     keys = [(seed, task, epoch) for seed in range(3) for task in ("a", "b") for epoch in range(3)]
     assert len({epoch_of(*key) for key in keys}) == len(keys)
 
 
 def test_flips_and_crops_do_not_disturb_the_order():
-    plain = SamplePlan(3, "noise", 100, 16, padding=0, flip=False).stretch(5, 40)
-    assert np.array_equal(plain.index, PLAN.stretch(5, 40).index)
+    plain = SamplePlan(3, "noise", 100, 16, padding=0, flip=False).chunk(5, 40)
+    assert np.array_equal(plain.index, PLAN.chunk(5, 40).index)
     assert not plain.top.any()
     assert not plain.left.any()
     assert not plain.flip.any()

@@ -71,47 +71,47 @@ def test_jpg_images_are_the_same_from_both_and_near_the_originals(residents, str
 
 
 def test_rows_come_in_order_with_repeats_and_short_ones(residents, streams):
-    feed = streams["raw"].feed(endless(), 4)
+    prefetch = streams["raw"].prefetch(endless(), 4)
     for row in itertools.islice(endless(), 50):
-        assert torch.equal(feed.take(), residents["raw"].read(row))
-    feed.close()
+        assert torch.equal(prefetch.take(), residents["raw"].read(row))
+    prefetch.close()
 
 
 def test_two_sources_and_two_feeds_of_one_take_turns_on_two_threads_each(paths, residents):
     several = {mode: StreamingSource(path, beton.read_manifest(path), CPU, workers=2) for mode, path in paths.items()}
-    feeds = [(mode, several[mode].feed(endless(), 4)) for mode in ("raw", "jpg", "raw")]
+    feeds = [(mode, several[mode].prefetch(endless(), 4)) for mode in ("raw", "jpg", "raw")]
     for row in itertools.islice(endless(), 40):
-        for mode, feed in feeds:
-            assert torch.equal(feed.take(), residents[mode].read(row))
+        for mode, prefetch in feeds:
+            assert torch.equal(prefetch.take(), residents[mode].read(row))
     for one in several.values():
         one.close()
     assert not loader_threads()
 
 
 def test_a_thread_that_ends_in_silence_is_an_error(streams, paths):
-    feed = streams["raw"].feed(endless(), 4, step=70)
-    feed.take()
-    feed._iterator.terminate_event.set()  # it leaves without a word; FFCV itself would now wait for ever
-    feed._iterator.join(5)
+    prefetch = streams["raw"].prefetch(endless(), 4, step=70)
+    prefetch.take()
+    prefetch._iterator.terminate_event.set()  # it leaves without a word; FFCV itself would now wait for ever
+    prefetch._iterator.join(5)
     for _ in range(source.AHEAD):
-        feed.take()
+        prefetch.take()
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=f"task raw, step 74: the loader thread of {paths['raw']} died$") as error:
-        feed.take()
+        prefetch.take()
     assert time.monotonic() - started < 5
     assert "\n" not in str(error.value)
-    feed.close()
+    prefetch.close()
 
 
 def test_a_fault_in_the_thread_is_named_after_the_batches_before_it(streams):
-    feed = streams["raw"].feed(endless(fault_at=5), 4, step=70)
+    prefetch = streams["raw"].prefetch(endless(fault_at=5), 4, step=70)
     for _ in range(5):
-        feed.take()
+        prefetch.take()
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"task raw, step 75: .*train\.beton died \(OSError: disk on fire\)"):
-        feed.take()
+        prefetch.take()
     assert time.monotonic() - started < 5
-    feed.close()
+    prefetch.close()
 
 
 def test_a_thread_that_hangs_is_an_error(streams, monkeypatch):
@@ -122,25 +122,25 @@ def test_a_thread_that_hangs_is_an_error(streams, monkeypatch):
         awake.wait()
         yield from ROWS
 
-    feed = streams["raw"].feed(rows(), 4)
+    prefetch = streams["raw"].prefetch(rows(), 4)
     with pytest.raises(RuntimeError, match=r"task raw, step 0: .* gave nothing for"):
-        feed.take()
+        prefetch.take()
     awake.set()
-    feed.close()
+    prefetch.close()
 
 
 def test_close_ends_the_thread_at_any_moment(streams):
     for taken in (0, 1, 9):
-        feed = streams["raw"].feed(endless(), 4)
+        prefetch = streams["raw"].prefetch(endless(), 4)
         for _ in range(taken):
-            feed.take()
+            prefetch.take()
         assert loader_threads()
-        feed.close()
-        feed.close()
+        prefetch.close()
+        prefetch.close()
         assert not loader_threads()
-    feed = streams["raw"].feed(iter(ROWS), 4)  # this thread ends on its own
+    prefetch = streams["raw"].prefetch(iter(ROWS), 4)  # this thread ends on its own
     for _ in ROWS:
-        feed.take()
+        prefetch.take()
     streams["raw"].close()
     assert not loader_threads()
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from dist_cts.checkpoint import files as checkpoint_files
 from dist_cts.data import source
-from dist_cts.distributed import peer_failure as lost_peers
+from dist_cts.distributed import peer_failure
 from dist_cts.learner import TaskLearner
 from dist_cts.run.train import Run
 
 fault = json.loads(os.environ["FAULT"])
-lost_peers.LOOK, lost_peers.PATIENCE = 0.1, 1.5
+peer_failure.LOOK, peer_failure.PATIENCE = 0.1, 1.5
 
 
 def flip_bits(path: str) -> None:

@@ -104,11 +104,11 @@ def _place(rng: np.random.Generator, stamps: np.ndarray, each: int, pixels: int,
     n = classes * each
     variant = rng.integers(variants, size=n)
     angle = np.radians(rng.uniform(-turn, turn, n))
-    stretch, shear = np.exp(rng.uniform(-0.2, 0.2, n)), rng.uniform(-0.25, 0.25, n)
+    chunk, shear = np.exp(rng.uniform(-0.2, 0.2, n)), rng.uniform(-0.25, 0.25, n)
     cos, sin = np.cos(angle), np.sin(angle)
     # forward map: rotation @ [[stretch, shear], [0, 1 / stretch]], of determinant 1
-    a, b = cos * stretch, cos * shear - sin / stretch
-    c, d = sin * stretch, sin * shear + cos / stretch
+    a, b = cos * chunk, cos * shear - sin / chunk
+    c, d = sin * chunk, sin * shear + cos / chunk
     side = 2 * pixels  # twice the size first, then halved: no jagged edges
     cover = rng.uniform(0.8, 1.0, n)
     scale = cover * side / BOX / np.maximum(abs(a) + abs(b), abs(c) + abs(d))

@@ -119,7 +119,7 @@ def select_classes(raw: RawDataset, first: int, stop: int) -> RawDataset:
 
 def split(raw: RawDataset, test_fraction: float, seed: int) -> tuple[RawDataset, RawDataset]:
     """Train and test: of every class a random `test_fraction`, at least one image, goes to test."""
-    rank = _ranks(raw, "split", seed)
+    rank = _order_in_class(raw, "split", seed)
     sizes = np.bincount(raw.labels, minlength=len(raw.class_names))
     if sizes.min() < 2:
         name = raw.class_names[int(sizes.argmin())]
@@ -136,11 +136,11 @@ def limit(raw: RawDataset, count: int, seed: int) -> RawDataset:
     """
     if count < len(raw.class_names):
         raise ValueError(f"a limit of {count} images leaves some of the {len(raw.class_names)} classes empty")
-    chosen = np.lexsort((raw.labels, _ranks(raw, "limit", seed)))[:count]  # the first of every class, then ...
+    chosen = np.lexsort((raw.labels, _order_in_class(raw, "limit", seed)))[:count]  # the first of every class, then ...
     return raw.take(np.sort(chosen))
 
 
-def _ranks(raw: RawDataset, purpose: str, seed: int) -> np.ndarray:
+def _order_in_class(raw: RawDataset, purpose: str, seed: int) -> np.ndarray:
     """int64 [N]: each image's place in a random order of its class."""
     ranks = np.empty(len(raw), np.int64)
     for label, name in enumerate(raw.class_names):

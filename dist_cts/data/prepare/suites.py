@@ -111,7 +111,7 @@ def prepare_all(
     out: Path,
     workers: int,
     on_error: Literal["stop", "skip"],
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
     done: Callable[[Task, Path, Outcome], object] = lambda task, folder, outcome: None,
 ) -> list[Outcome]:
     """Prepares every task, several at a time, `workers` threads in all; what goes wrong with one does not stop others.
@@ -127,7 +127,7 @@ def prepare_all(
 
     def one(task: Task, folder: Path) -> Outcome:
         try:
-            outcome = prepare(task.entry, task.raw(root), folder, task.options, workers // at_once, on_error, say)
+            outcome = prepare(task.entry, task.raw(root), folder, task.options, workers // at_once, on_error, log)
         except (ValueError, OSError, ImportError) as fault:
             outcome = fault
         done(task, folder, outcome)

@@ -49,7 +49,7 @@ def prepare(
     options: Options,
     workers: int = 1,
     on_error: Literal["stop", "skip"] = "stop",
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> tuple[Manifest, Manifest]:
     """Writes the task `folder` and returns its manifests; does nothing if it is there, intact and of these options.
 
@@ -66,7 +66,7 @@ def prepare(
         }
     )
     source = _source(entry, root, options)
-    done = _prepared(folder, source, say)
+    done = _prepared(folder, source, log)
     if done:
         return done
     if entry.needs_root and (root is None or not root.exists()):
@@ -104,21 +104,21 @@ def _source(entry: Entry, root: Path | None, options: Options) -> str:
     return "; ".join([entry.name, *(f"{key}={value}" for key, value in choices.items() if value is not None)])
 
 
-def _prepared(folder: Path, source: str, say: Callable[[str], object]) -> tuple[Manifest, Manifest] | None:
+def _prepared(folder: Path, source: str, log: Callable[[str], object]) -> tuple[Manifest, Manifest] | None:
     """The manifests of a task that is there, intact and made from this source."""
     try:
         train, test = (beton.verify(folder / f"{split}.beton") for split in ("train", "test"))
     except FileNotFoundError:
         return None
     except ValueError as fault:
-        say(f"{str(fault).removesuffix(f'; {beton.AGAIN}')}: preparing it again")
+        log(f"{str(fault).removesuffix(f'; {beton.AGAIN}')}: preparing it again")
         return None
     if train.source == test.source == source and train.mean == test.mean:
-        say(f"{folder}: already there and intact, nothing to do")
+        log(f"{folder}: already there and intact, nothing to do")
         return train, test
     if train.source.split(";")[0] != source.split(";")[0]:
         raise ValueError(f"{folder} holds another data set ({train.source}); choose another --name or --out")
-    say(f"{folder}: there with other options ({train.source}), preparing it again")
+    log(f"{folder}: there with other options ({train.source}), preparing it again")
     return None
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/paper/imagenet_splits.py --wordnet /usr/share/wordnet/data.noun --ids imagenet_synsets.txt
 
-Writes dist_cts/data/prepare/imagenet_splits/{1..8}.txt. The database is that of the package wordnet-base (WordNet 3.0); the file
-of ids has one WordNet id per line, 1,000 in all (in the timm package: data/_info/imagenet_synsets.txt).
+Writes dist_cts/data/prepare/imagenet_splits/{1..8}.txt. The database comes with the package wordnet-base (WordNet 3.0);
+the file of ids has one WordNet id per line, 1,000 in all (in the timm package: data/_info/imagenet_synsets.txt).
 
 The paper gives 14 nodes and their counts, and says nothing about classes with several hypernyms. Every node of its tree
 has one parent, since its counts add up to 1,000. Of the plain rules (first or last hypernym, shortest or longest path,

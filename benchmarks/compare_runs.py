@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from dist_cts.meta_test import draw_bars, start_colours
 from dist_cts.run.metrics import task_average_loss
+from dist_cts.run.report import draw_bars, start_colours
 
 
 def main() -> None:

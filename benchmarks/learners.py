@@ -24,6 +24,7 @@ from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.run.exit_codes import exit_process
+from dist_cts.state import TrainState
 
 INNER = InnerConfig()  # SGD as in the paper's section 4.2, for every competitor
 FOREVER = 10**9  # inner steps of an episode that no benchmark ends
@@ -82,17 +83,8 @@ class MetaTraining:
     def step(self) -> None:
         """One step of Algorithm 2."""
         self.progress.stopping = False
-        meta_train(
-            self.phi,
-            self.learners,
-            self.algorithm,
-            self.reducer,
-            beta=0.01,
-            M=1,
-            K=FOREVER,
-            progress=self.progress,
-            after_step=self._after_step,
-        )
+        state = TrainState(self.phi, self.learners[0].flat.body_layout, self.learners, self.progress)
+        meta_train(state, self.algorithm, self.reducer, beta=0.01, M=1, K=FOREVER, after_step=self._after_step)
 
     def _after_step(self) -> None:
         self.reducer.received()

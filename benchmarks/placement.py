@@ -10,11 +10,12 @@ import torch.distributed as dist
 from dist_cts import models
 from dist_cts.data.prepare import suites
 from dist_cts.data.prepare.task import task_name
-from dist_cts.distributed.balance import RandomBatch, describe, loads, plan, step_seconds
+from dist_cts.distributed.balance import describe_assignment, loads, plan
 from dist_cts.distributed.placement import Assignment, Placement, data_group, even_assignment
 from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.learner import TaskLearner
 from dist_cts.models import ModelConfig
+from dist_cts.run.costs import RandomBatch, step_seconds
 
 EPILOG = """\
 The tasks are those of the suite paper-8, 28 to 84 px, with random images of that size: a step costs the same.
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             row["ranks busy, predicted"] = f"{100 * sum(costs.values()) / ranks / seconds:.0f} %"
             rows.append(row)
-            print(f"{ranks} ranks, {name}: {describe(where, list(TASKS), costs)}")
+            print(f"{ranks} ranks, {name}: {describe_assignment(where, list(TASKS), costs)}")
     settings = {"model": args.model, "batch_size": args.batch_size}
     report.publish("placement", settings | results, rows, args.out, args.device, args.world_size)
 

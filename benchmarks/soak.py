@@ -87,7 +87,7 @@ class Run:
     def _free(self) -> bool:
         """Whether no rank holds the run's folder."""
         try:
-            run_folder.lock(self.folder / "run").close()
+            run_folder.claim(self.folder / "run").close()
         except ValueError:
             return False
         return True

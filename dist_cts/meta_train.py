@@ -8,34 +8,31 @@ delta  the step's meta-update, -beta * mean over tasks of the meta-gradient    Î
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from dist_cts.algorithms.table import Algorithm
 from dist_cts.distributed.reducer import MetaReducer
-from dist_cts.learner import TaskLearner
-from dist_cts.progress import Progress
+from dist_cts.state import TrainState
 
 CONTROL_PERIOD = 10  # steps between two looks at the control tail while no meta-update carries it
 
 
 @torch.no_grad()
 def meta_train(
-    phi: Tensor,
-    learners: list[TaskLearner],
+    state: TrainState,
     algorithm: Algorithm,
     reducer: MetaReducer,
     *,
     beta: float,
     M: int,
     K: int,
-    progress: Progress,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Meta-trains phi [N] in place over M episodes of K inner steps, this rank's learners among T tasks.
 
-    Every rank runs this with the same phi, M, K and progress. `after_step` sees each finished step (logging,
+    Every rank runs this with the same phi, M, K and progress. `after_step` is called after every inner step (logging,
     checkpoints) and may set `progress.stopping`, on all ranks at the same step.
     """
+    phi, learners, progress = state.phi, state.learners, state.progress
     period = algorithm.period or K
     for _m in progress.episodes(M):
         if progress.at_episode_start:

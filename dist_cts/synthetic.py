@@ -23,6 +23,7 @@ from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner, make_optimizer
 from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
+from dist_cts.state import TrainState
 
 Point = tuple[float, float]
 
@@ -296,7 +297,8 @@ def meta_train_point(
 
     with process_group(torch.device("cpu"), timeout_seconds=60):
         reducer = MetaReducer(phi, learners, place(env.tasks, 1, 0))
-        meta_train(phi, learners, row, reducer, beta=beta, M=M, K=K, progress=progress, after_step=record)
+        state = TrainState(phi, learners[0].flat.body_layout, learners, progress)
+        meta_train(state, row, reducer, beta=beta, M=M, K=K, after_step=record)
     if progress.stopping:
         task = thetas[-1].isfinite().all(1).tolist().index(False)
         raise RunError(

@@ -15,7 +15,7 @@ from commands import Command
 
 torch.set_num_threads(1)
 # Ranks are forked from a process that has torch loaded but has started no thread: milliseconds instead of seconds.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "dist_cts.run.train", "dist_cts.meta_test"])
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "dist_cts.run.train", "dist_cts.run.meta_test"])
 
 
 class MemoryBatches:

@@ -19,6 +19,7 @@ from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.seeds import hashed_seed
+from dist_cts.state import TrainState
 
 T, M, K, SEED = 4, 2, 4, 3
 TINY = ModelConfig(name="tiny", width=0.5)
@@ -76,7 +77,8 @@ def run(case, placement, phi, learners, progress, stop_at=M * K):
 
     reducer = MetaReducer(phi, learners, placement)
     beta = CASES[case][1]
-    meta_train(phi, learners, make(case), reducer, beta=beta, M=M, K=K, progress=progress, after_step=after_step)
+    state = TrainState(phi, learners[0].flat.body_layout, learners, progress)
+    meta_train(state, make(case), reducer, beta=beta, M=M, K=K, after_step=after_step)
 
 
 def start(learners):
@@ -202,7 +204,8 @@ def test_mtl_is_joint_sgd_on_the_mean_loss_over_tasks(alone, optimizer, inner_st
     algorithm = make_algorithm("mtl", MethodConfig(), inner_steps=inner_steps, meta_lr=1, seed=0)
     progress = Progress(inner_steps)
     reducer = MetaReducer(phi, learners, alone)
-    meta_train(phi, learners, algorithm, reducer, beta=1, M=steps // inner_steps, K=inner_steps, progress=progress)
+    state = TrainState(phi, learners[0].flat.body_layout, learners, progress)
+    meta_train(state, algorithm, reducer, beta=1, M=steps // inner_steps, K=inner_steps)
 
     joint = [make_model(task)[0] for task in range(T)]
     body = {name: nn.Parameter(value) for name, value in phi_zero().items()}

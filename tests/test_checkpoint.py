@@ -14,15 +14,14 @@ import torch
 import torch.distributed as dist
 from conftest import MemoryBatches
 
-from dist_cts import models
+from dist_cts import atomic, models
 from dist_cts.algorithms.table import ALGORITHMS
-from dist_cts.checkpoint import files as checkpoint_files
 from dist_cts.checkpoint import manager as checkpoint
-from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, task_file
+from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, read_state, task_file
 from dist_cts.checkpoint.manager import (
     MAY_DIFFER,
     CheckpointConfig,
-    Checkpoints,
+    CheckpointManager,
     config_difference,
 )
 from dist_cts.checkpoint.phi import export_phi, load_phi
@@ -33,9 +32,11 @@ from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
-from dist_cts.meta_train import Progress, meta_train
+from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
+from dist_cts.progress import Progress
 from dist_cts.run.config import TrainConfig
+from dist_cts.state import TrainState
 
 T, M, K, BETA = 4, 3, 5, 0.5
 STEPS = M * K
@@ -68,24 +69,25 @@ def start(rank, world_size, folder, config=None, warn=print):
     layout = learners[0].flat.body_layout
     phi = torch.zeros(layout.numel)
     load_named(layout, phi, models.build(TINY, 1, "phi")[0].state_dict())
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, placement, warn)
+    checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, placement, warn)
+    state = TrainState(phi, layout, learners, Progress(K))
     return SimpleNamespace(
-        config=config, phi=phi, layout=layout, learners=learners, checkpoints=checkpoints, progress=Progress(K),
+        config=config, state=state, **vars(state), checkpoints=checkpoints,
         reducer=MetaReducer(phi, learners, placement, config.reduction),
     )  # fmt: skip
 
 
 def load(run):
-    step = run.checkpoints.load_newest(run.phi, run.layout, run.learners, run.config)
-    run.progress.step = step or 0
-    for learner in run.learners:
-        learner.batches.seek(run.progress.step)
-    return step
+    return run.checkpoints.load_newest(run.state, run.config)
 
 
 def save(run, step=None, wait=False):
-    step = run.progress.step if step is None else step
-    return run.checkpoints.save(step, run.phi, run.layout, run.learners, run.config, wait)
+    now = run.progress.step
+    run.progress.step = now if step is None else step
+    try:
+        return run.checkpoints.save(run.state, run.config, wait)
+    finally:
+        run.progress.step = now
 
 
 def train(run, until=STEPS, after_step=lambda step: None):
@@ -95,9 +97,7 @@ def train(run, until=STEPS, after_step=lambda step: None):
 
     run.progress.stopping = run.progress.step == until
     algorithm = ALGORITHMS[run.config.algorithm]
-    meta_train(
-        run.phi, run.learners, algorithm, run.reducer, beta=BETA, M=M, K=K, progress=run.progress, after_step=seen
-    )
+    meta_train(run.state, algorithm, run.reducer, beta=BETA, M=M, K=K, after_step=seen)
 
 
 def tensors(run):
@@ -209,8 +209,8 @@ def test_training_goes_on_while_a_checkpoint_of_the_past_is_written(alone, tmp_p
         written.wait(30)
         write_file(path, data)
 
-    write_file = checkpoint_files.write_file
-    monkeypatch.setattr(checkpoint_files, "write_file", slow)
+    write_file = atomic.write_file
+    monkeypatch.setattr(atomic, "write_file", slow)
     warnings = []
     run = start(0, 1, tmp_path, warn=warnings.append)
     stalls = []
@@ -336,7 +336,7 @@ def test_a_run_killed_at_any_file_leaves_the_checkpoint_before(alone, two_checkp
         path.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "write_file", killed)
+        patch.setattr(atomic, "write_file", killed)
         assert not save(run, wait=True)
     assert len(list((tmp_path / "checkpoints").glob("*.tmp"))) == 1
     again = start(0, 1, tmp_path)
@@ -368,7 +368,7 @@ def faults_of_rank_1(rank, folder):
     """Saves at which rank 1 has a full disk, hangs, has a NaN, is slow: what each gives, and the warnings."""
     warnings, outcomes = [], []
     run = start(rank, 2, folder, warn=warnings.append)
-    write_file, release = checkpoint_files.write_file, threading.Event()
+    write_file, release = atomic.write_file, threading.Event()
 
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -380,7 +380,7 @@ def faults_of_rank_1(rank, folder):
     def saved(replacement=write_file, wait=True):
         train(run, until=run.progress.step + 1)
         if rank == 1:
-            checkpoint_files.write_file = replacement
+            atomic.write_file = replacement
         outcomes.append(save(run, wait=wait))
 
     saved()
@@ -401,7 +401,7 @@ def faults_of_rank_1(rank, folder):
     if rank == 1:
         vector.nan_to_num_(0.0)
         vector[-1] = kept
-        checkpoint_files.write_file = write_file
+        atomic.write_file = write_file
     outcomes.append(run.checkpoints.wait())
     return outcomes, warnings
 
@@ -424,7 +424,7 @@ def second_attempt(rank, folder, late_rank):
     checkpoint.PATIENCE = 20.0
     has_begun, has_failed = folder / "has-begun", folder / "has-failed"
     run = start(rank, 2, folder, warn=lambda text: has_failed.touch())
-    write_file, remove = checkpoint_files.write_file, run.checkpoints._remove_leftovers
+    write_file, remove = atomic.write_file, run.checkpoints._remove_leftovers
     train(run, until=1)
 
     def full(path, data):
@@ -439,14 +439,14 @@ def second_attempt(rank, folder, late_rank):
         path.parent.mkdir(exist_ok=True)
         write_file(path, data)
 
-    checkpoint_files.write_file = late if rank == 1 else full
+    atomic.write_file = late if rank == 1 else full
     assert not save(run, wait=True)
     left_behind = len(list((folder / "checkpoints").glob("*.tmp")))
     for learner in run.learners:
         learner.flat.vector.add_(1.0)
-    checkpoint_files.write_file = write_file
+    atomic.write_file = write_file
     if late_rank == rank == 1:
-        checkpoint_files.write_file = lambda path, data: (time.sleep(0.2), write_file(path, data))
+        atomic.write_file = lambda path, data: (time.sleep(0.2), write_file(path, data))
     if late_rank == rank == 0:  # when the other's files are there already
         run.checkpoints._remove_leftovers = lambda but: (time.sleep(0.3), remove(but))
     assert save(run, wait=True)
@@ -586,7 +586,7 @@ def test_names_of_tasks_and_of_files_stay_in_the_folder(alone, tmp_path):
     assert load(run) == 1
     manifest = read_manifest(tmp_path / "checkpoints" / "step-00000001")
     with pytest.raises(ValueError, match="not in its manifest"):
-        checkpoint_files.read_state(tmp_path / "checkpoints" / "step-00000001" / MANIFEST, manifest)
+        read_state(tmp_path / "checkpoints" / "step-00000001" / MANIFEST, manifest)
 
 
 def test_nothing_is_a_pickle(two_checkpoints):

@@ -8,8 +8,8 @@ import yaml
 
 from dist_cts import config
 from dist_cts.algorithms.table import make_algorithm
-from dist_cts.meta_test import MetaTestConfig
 from dist_cts.run.config import TrainConfig
+from dist_cts.run.meta_test import MetaTestConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

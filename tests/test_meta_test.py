@@ -9,7 +9,8 @@ import torch
 from matplotlib import pyplot
 
 from dist_cts.learner import TaskLearner
-from dist_cts.meta_test import Job, MetaTestConfig, adapt, balanced_subset, draw_bars, interval, markdown, report
+from dist_cts.run.meta_test import Job, MetaTestConfig, adapt, balanced_subset
+from dist_cts.run.report import draw_bars, interval, markdown, write_report
 
 
 def test_the_interval_is_student_s():
@@ -76,7 +77,7 @@ def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_pat
         {"target": "x", "start": "random", "seed": seed, "curve": [{"accuracy": best}, {"accuracy": last}]}
         for seed, best, last in ((0, 0.5, 0.01), (1, 0.7, 0.21))
     ]
-    report(config, {}, results)
+    write_report(tmp_path, config.model_dump(mode="json"), {}, results)
     last, best = (tmp_path / "meta_test.md").read_text().split("The best of 2 points")
     assert "| random | **11.00 ± 127.06** | **11.00** |" in last
     assert "| random | **60.00 ± 127.06** | **60.00** |" in best

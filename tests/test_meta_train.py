@@ -18,8 +18,10 @@ from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import synchronise
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import InnerConfig, TaskLearner
-from dist_cts.meta_train import Progress, meta_train
+from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
+from dist_cts.progress import Progress
+from dist_cts.state import TrainState
 
 T, M, K, BETA = 4, 3, 6, 0.5
 TINY = ModelConfig(name="tiny")
@@ -59,8 +61,9 @@ def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", wat
     phi = torch.zeros(layout.numel)
     load_named(layout, phi, phi_zero())
     reducer = MetaReducer(phi, learners, placement, reduction)
+    state = TrainState(phi, layout, learners, Progress(K))
     with watch():
-        meta_train(phi, learners, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K, progress=Progress(K))
+        meta_train(state, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K)
     return {name: view.clone() for name, view in layout.views(phi).items()}
 
 

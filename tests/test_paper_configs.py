@@ -7,9 +7,9 @@ import pytest
 from dist_cts import config
 from dist_cts.algorithms.table import MethodConfig
 from dist_cts.data.prepare import catalog, suites
-from dist_cts.meta_test import MetaTestConfig
 from dist_cts.models import MODELS
 from dist_cts.run.config import TrainConfig
+from dist_cts.run.meta_test import MetaTestConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Supplement, Tables 1, 2, 4 and 5: every data set's side in pixels.

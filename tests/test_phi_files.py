@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from dist_cts import models
-from dist_cts.checkpoint.phi import export_phi, load_phi, named_starts, phi_metadata, run_folder
+from dist_cts.checkpoint.phi import export_phi, load_phi, named_starts, phi_metadata, run_dir_of
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.models import ModelConfig
 
@@ -151,7 +151,7 @@ def test_starts_get_their_names(tmp_path):
         (f"cts@{step}", str(snapshots / f"phi_{step}.safetensors")) for step in (20, 100)
     ]
     assert list(named_starts([f"x={snapshots}"])) == ["x@20", "x@100"]
-    assert {run_folder(path) for path in (phi, snapshots, snapshots / "phi_20.safetensors")} == {run}
+    assert {run_dir_of(path) for path in (phi, snapshots, snapshots / "phi_20.safetensors")} == {run}
     assert phi_metadata(snapshots / "phi_20.safetensors") == {"step": "20"}
     assert phi_metadata(phi) == phi_metadata(WEIGHTS) == {}
     with pytest.raises(ValueError, match="two starts are called cts; give each its own NAME="):

@@ -3,7 +3,6 @@
 import json
 import math
 from contextlib import redirect_stderr
-from functools import partial
 from io import StringIO
 from itertools import product
 
@@ -14,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_cts.distributed.balance import agree_on_costs, loads, named_assignment, plan
+from dist_cts.distributed.balance import loads, named_assignment, plan
 from dist_cts.distributed.placement import Placement, data_group, even_assignment
+from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
-from dist_cts.run.shutdown import StopRequest
-from dist_cts.run.train import Run, build_learner
+from dist_cts.run.costs import STEP_SECONDS
+from dist_cts.run.hooks import Hooks
 
 COSTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
 
@@ -43,7 +43,7 @@ def best_of_all(costs, world_size, batch_size):
 def test_few_tasks_get_almost_the_best_placement_of_all(batch_size, costs, world_size):
     best = best_of_all(costs, world_size, batch_size)
     if best == math.inf:
-        with pytest.raises(ValueError, match=f"each of {world_size} ranks a share of {len(costs)} tasks"):
+        with pytest.raises(ValueError, match=f"{len(costs)} tasks do not fit {world_size} ranks"):
             plan(costs, world_size, [batch_size] * len(costs))
     else:
         assignment = plan(costs, world_size, [batch_size] * len(costs))
@@ -82,13 +82,13 @@ def test_a_heavy_task_is_shared_and_light_ones_sit_together():
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"a": [0], "b": [1], "x": [0]}, "there is no task 'x' among a, b"),
+        ({"a": [0], "b": [1], "x": [0]}, "unknown task 'x'; the tasks are a, b"),
         ({"a": [0, 1]}, "task b has no rank"),
         ({"a": [0], "b": []}, "task b has no rank"),
-        ({"a": [0], "b": [2]}, "task b is on rank 2, the ranks are 0 to 1"),
-        ({"a": [0], "b": [-1]}, "task b is on rank -1, the ranks are 0 to 1"),
-        ({"a": [0, 0], "b": [1]}, r"task a has a rank twice: \[0, 0\]"),
-        ({"a": [0, 1], "b": [1]}, "rank 1 shares task a with other ranks and has b too"),
+        ({"a": [0], "b": [2]}, "task b is on rank 2, but ranks are 0 to 1"),
+        ({"a": [0], "b": [-1]}, "task b is on rank -1, but ranks are 0 to 1"),
+        ({"a": [0, 0], "b": [1]}, r"task a lists a rank twice: \[0, 0\]"),
+        ({"a": [0, 1], "b": [1]}, "rank 1 shares task a and also has b"),
         ({"a": [0], "b": [0]}, "rank 1 of 2 has no task"),
     ],
 )
@@ -103,14 +103,18 @@ def run(rank, tasks, folder, placement="even", reduction="mean", episodes=2):
         tasks=["a", "b", "c", "d"], data={"root": tasks}, run_dir=folder, model={"name": "tiny"}, batch_size=8,
         meta_lr=0.5, inner_steps=10, episodes=episodes, reduction=reduction, placement=placement,
     )  # fmt: skip
-    device = torch.device("cpu")
-    costs = None
-    if placement == "auto":
-        costs = agree_on_costs(config, device, partial(build_learner, config, device))
-    run = Run(config, device, StopRequest(), costs=costs)
+    seen = []
+
+    class Seen(Hooks):
+        def __init__(self, config, state, algorithm, placement, *rest):
+            seen[:] = state.phi, placement.assignment
+            super().__init__(config, state, algorithm, placement, *rest)
+
+    training.Hooks = Seen
     with redirect_stderr(StringIO()) as said:
-        assert run.train() == 0
-    return run.phi, run.placement.assignment, costs, said.getvalue()
+        assert training.train(config) == 0
+    costs = folder / STEP_SECONDS
+    return *seen, json.loads(costs.read_text()) if costs.exists() else None, said.getvalue()
 
 
 SHARED = {"c": [2, 0], "a": [1], "b": [3], "d": [1]}  # a data group, and ranks with one task and with two
@@ -147,7 +151,7 @@ def test_auto_plans_from_step_times_that_rank_0_measures_once_for_all(run_ranks,
     for _, assignment, costs, _ in resumed:
         assert costs == kept
         assert assignment == ((0,), (0,), (1,), (1,))
-    assert "placement on ranks: a, b on 0; c, d on 1; 101 ms a step" in resumed[0][-1]
+    assert "placement on ranks: a, b on 0; c, d on 1; 101 ms per step" in resumed[0][-1]
     assert "placement" not in resumed[1][-1]
 
 

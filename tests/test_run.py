@@ -5,10 +5,10 @@ import signal
 import pytest
 import torch
 
-import dist_cts.run.train as run
+from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import DONE, STOPPED
-from dist_cts.run.train import Run
+from dist_cts.run.hooks import Hooks
 
 K, M = 5, 3
 # Steps after which the run is stopped and started again, in the order of its starts.
@@ -36,16 +36,16 @@ def train(monkeypatch):
 
     def train(config, stop_after=None):
         seen = {}
-        after_step, end = Run.after_step, Run._end
+        after_step, finish = Hooks.__call__, training._finish
 
         def stopped(self):
             after_step(self)
-            self.progress.stopping |= self.progress.step == stop_after
+            self.state.progress.stopping |= self.state.progress.step == stop_after
 
-        def looked_at(self, finished):
-            code = end(self, finished)
-            seen["phi"] = self.phi.clone()
-            for learner in self.learners:
+        def looked_at(config, state, *rest, **finished):
+            code = finish(config, state, *rest, **finished)
+            seen["phi"] = state.phi.clone()
+            for learner in state.learners:
                 seen.update({f"{learner.name}.{key}": v.clone() for key, v in learner.state_dict().items()})
                 images, labels = zip(*(learner.batches.next() for _ in range(100)), strict=True)
                 seen.update(
@@ -54,9 +54,9 @@ def train(monkeypatch):
             return code
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "after_step", stopped)
-            patch.setattr(Run, "_end", looked_at)
-            return run.train(config), seen
+            patch.setattr(Hooks, "__call__", stopped)
+            patch.setattr(training, "_finish", looked_at)
+            return training.train(config), seen
 
     return train
 
@@ -83,14 +83,14 @@ def test_a_resumed_run_has_every_tensor_and_the_next_100_batches_of_an_undisturb
 
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):
     _, expected = train(config.model_copy(update={"run_dir": tmp_path / "undisturbed"}))
-    test = Run._test
+    evaluate = Hooks.evaluate
 
     def signalled(self):
         signal.raise_signal(signal.SIGTERM)
-        test(self)
+        evaluate(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_test", signalled)
+        patch.setattr(Hooks, "evaluate", signalled)
         assert train(config)[0] == STOPPED
     code, seen = train(config)
     assert code == DONE

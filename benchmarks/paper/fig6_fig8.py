@@ -31,10 +31,10 @@ from matplotlib.axes import Axes
 
 from dist_cts.config import load
 from dist_cts.errors import RunError
-from dist_cts.meta_test import interval
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import STOPPED
 from dist_cts.run.metrics import task_average_loss
+from dist_cts.run.report import interval
 from dist_cts.run.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,17 +1,16 @@
-"""The files of a checkpoint: safetensors and a manifest, on the disk before anyone relies on them.
+"""The files of a checkpoint: safetensors and a manifest, synced to disk before anyone relies on them.
 
     step-00001000/
         phi.safetensors          phi under its parameter names, as an exported phi has them
         task-NAME.safetensors    theta and head, optimizer state and running statistics of one task
         manifest.json            step, config, and the size and checksum of every file; written last
 
-They are safetensors instead of torch.distributed.checkpoint because the latter's metadata is a pickle, which reading
-would execute, and because a task's state lies whole on one rank: one file a task fits every layout as it is.
+Not torch.distributed.checkpoint: its metadata is a pickle, which executes code when read, and it splits tensors over
+ranks, while a task's state lies on one rank: one file per task fits every layout as it is.
 """
 
 import hashlib
 import json
-import os
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dist_cts import atomic
+from dist_cts.atomic import seal
 from dist_cts.config import Config
 
 PHI = "phi.safetensors"
@@ -36,8 +37,8 @@ class StoredFile(Config):
     layout: str
 
 
-class Manifest(Config):
-    """What a checkpoint holds; a folder without it is no checkpoint."""
+class CheckpointManifest(Config):
+    """What a checkpoint holds; a folder without it is not a checkpoint."""
 
     step: int
     config: dict[str, Any]
@@ -51,23 +52,19 @@ def step_folder(step: int) -> str:
 
 
 def task_file(task: str) -> str:
-    """The name of a task's file; no name of a task leads out of the folder."""
+    """The name of a task's file; quoted, so that no task name leads out of the folder."""
     return f"task-{urllib.parse.quote(task, safe='')}.safetensors"
 
 
 def check_finite(name: str, state: State) -> None:
-    """Refuses tensors that would spoil every run that starts from them.
-
-    Raises:
-        ValueError: one holds NaN or an infinity; it is named.
-    """
+    """Raises ValueError if a tensor holds NaN or Inf; the tensor is named."""
     for key, tensor in state.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not written: {key} is not finite")
+            raise ValueError(f"{name} not written: tensor {key!r} holds NaN or Inf")
 
 
 def to_host(state: State, memory: State) -> dict[str, Tensor]:
-    """Copies in host memory, that of `memory` where it fits; from a GPU pinned, all copies under way at once."""
+    """Host copies, reusing the tensors of `memory` that fit; copies from a GPU are pinned and overlap."""
     copies = {}
     for name, tensor in state.items():
         old = memory.get(name)
@@ -80,94 +77,62 @@ def to_host(state: State, memory: State) -> dict[str, Tensor]:
 
 
 def write_state(path: Path, state: State, layout: str) -> StoredFile:
-    """Writes named tensors on the host, and returns what the manifest says of them.
+    """Writes named host tensors; returns their entry of the manifest.
 
     Raises:
-        ValueError: one is not finite.
-        OSError: they cannot be written.
+        ValueError: a tensor holds NaN or Inf.
+        OSError: the file cannot be written.
     """
     check_finite(path.name, state)
     data = safetensors.torch.save(dict(state))
-    write_file(path, data)
+    atomic.write_file(path, data)
     return StoredFile(bytes=len(data), sha256=_sha256(data), layout=layout)
 
 
-def read_state(path: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's file, from the very bytes whose checksum is compared.
+def read_state(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file, parsed from the same bytes whose checksum was verified.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is torn or altered, or the manifest has no such file.
+        ValueError: it is truncated or corrupt, or the manifest does not list it.
     """
     if path.name not in manifest.files:
-        raise ValueError(f"{path} is not in its manifest")
+        raise ValueError(f"{path} is not listed in its manifest")
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     data, expected = path.read_bytes(), manifest.files[path.name]
     if len(data) != expected.bytes:
-        raise ValueError(f"{path} has {len(data)} bytes instead of {expected.bytes}")
+        raise ValueError(f"{path} is {len(data)} bytes, its manifest says {expected.bytes}")
     if _sha256(data) != expected.sha256:
-        raise ValueError(f"{path} is altered: its checksum differs")
+        raise ValueError(f"{path} is corrupt: its checksum does not match the manifest")
     return safetensors.torch.load(data)
 
 
-def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
-    """Writes the manifest, with a checksum of its own."""
+def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """Writes the manifest with its own checksum."""
     values = manifest.model_dump(mode="json")
-    write_file(checkpoint / MANIFEST, json.dumps(values | {"sha256": _seal(values)}, indent=1).encode())
+    atomic.write_file(checkpoint / MANIFEST, json.dumps(values | {"sha256": seal(values)}, indent=1).encode())
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest in a checkpoint's folder.
 
     Raises:
-        FileNotFoundError: it has none.
-        ValueError: it is torn or altered, or belongs to another step.
+        FileNotFoundError: there is none.
+        ValueError: it is truncated or corrupt, or belongs to another step.
     """
     path = checkpoint / MANIFEST
     try:
         values = json.loads(path.read_bytes())
-        whole = values.pop("sha256") == _seal(values) and checkpoint.name == step_folder(values["step"])
+        valid = values.pop("sha256") == seal(values) and checkpoint.name == step_folder(values["step"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except (ValueError, TypeError, AttributeError, KeyError):  # not JSON, or not an object of ours
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is torn or altered")
-    return Manifest.model_validate(values)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file through to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Puts a file in its place in one step, which a loss of power does not halve."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write_file(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes renames and new files in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        valid = False
+    if not valid:
+        raise ValueError(f"{path} is truncated or corrupt")
+    return CheckpointManifest.model_validate(values)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _seal(values: dict[str, Any]) -> str:
-    return _sha256(json.dumps(values, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Checkpoints: when to save, what all ranks agree on, and how a run goes on; checkpoint_files.py has the files."""
+"""CheckpointManager: when to save, how all ranks publish one checkpoint together, and how a run resumes."""
 
 import logging
 import re
@@ -15,15 +15,14 @@ import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
+from dist_cts.atomic import fsync_folder, publish, replace_file
 from dist_cts.checkpoint.files import (
     PHI,
-    Manifest,
+    CheckpointManifest,
     State,
     StoredFile,
-    fsync_folder,
     read_manifest,
     read_state,
-    replace_file,
     step_folder,
     task_file,
     to_host,
@@ -33,11 +32,11 @@ from dist_cts.checkpoint.files import (
 from dist_cts.config import Config
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.process_group import raise_on_all_ranks
-from dist_cts.flat import FlatLayout, load_named
-from dist_cts.learner import TaskLearner
+from dist_cts.flat import load_named
+from dist_cts.state import TrainState
 
 PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
-# What a resumed run may do otherwise than before: how long, where, what it says and keeps. A section means all of it.
+# Keys that may differ in a resumed run: duration, place, logging and what is kept. A section stands for all its keys.
 MAY_DIFFER = (
     *("episodes", "run_dir", "device", "placement", "timeout_seconds", "max_minutes", "nonfinite", "loss_limit"),
     *("checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root", "data.cache"),
@@ -49,104 +48,102 @@ T = TypeVar("T")
 
 
 class CheckpointConfig(Config):
-    """When to save, and what to keep. A run also saves when it ends or is asked to stop."""
+    """When to save and what to keep. A run also saves when it ends or is asked to stop."""
 
-    every_steps: int = Field(1000, ge=0, description="steps between two checkpoints; 0: none by steps")
-    every_minutes: float = Field(0.0, ge=0, description="minutes between two checkpoints; 0: none by the clock")
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_every: int = Field(0, ge=0, description="also save every so many steps, and keep these for good; 0: none")
+    every_steps: int = Field(1000, ge=0, description="save a checkpoint every N steps; 0 disables")
+    every_minutes: float = Field(0.0, ge=0, description="save a checkpoint every N minutes; 0 disables")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    keep_every: int = Field(0, ge=0, description="keep every N-step checkpoint permanently; 0 disables")
 
 
 class _Report(NamedTuple):
-    """What a rank says before a save; all ranks decide from all reports."""
+    """What each rank reports before a save; all ranks decide from all reports."""
 
     busy: bool
     newest: int | None
     token: str
 
 
-class Checkpoints:
-    """The checkpoints of one run. Every rank calls every method, at the same step; rank 0 alone warns.
+class CheckpointManager:
+    """The checkpoints of one run. Every rank calls every method at the same step; only rank 0 warns.
 
-    A save copies the state to the host and leaves the rest to a thread of each rank. These agree through files (rank 0
-    publishes once all parts lie in the folder), as a collective beside the training's own could be mistaken for one of
-    them. So the ranks of several machines need one shared folder.
+    A save copies the state to the host; a thread on each rank writes it. The threads synchronize through files in a
+    shared folder, not through collectives, which could interleave with those of training: each rank writes its files,
+    then a list of them; rank 0 waits for all lists, writes the manifest and publishes the checkpoint by a rename.
     """
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, placement: Placement, warn: Callable[[str], object] = log.warning
     ) -> None:
-        """Creates `folder` and removes half-made checkpoints from it; the caller holds the run's lock.
+        """Creates `folder` and removes incomplete checkpoints; the caller holds the run's lock.
 
         Raises:
-            OSError: the folder cannot be made.
+            OSError: the folder cannot be created.
         """
         self.folder, self.config, self.placement = folder, config, placement
         self.warn = warn if placement.rank == 0 else lambda text: None
-        self.newest: int | None = None  # step of the newest good checkpoint, as far as this rank knows
+        self.newest: int | None = None  # step of the newest valid checkpoint, as far as this rank knows
         self._thread: Thread | None = None
-        self._copies: dict[str, dict[str, Tensor]] = {}  # kept: new memory costs more time than the copying
-        self._saved_at, self._saved_step, self._look = time.monotonic(), 0, 0
+        self._copies: dict[str, dict[str, Tensor]] = {}  # reused: allocating costs more than copying
+        self._saved_at, self._saved_step, self._next_look = time.monotonic(), 0, 0
+        self._decision: tuple[int, bool] = (-1, False)  # the step that `due` was asked for, and its answer
         with raise_on_all_ranks():
             if placement.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
 
     def steps(self) -> list[int]:
-        """The steps that have a folder here, oldest first; whether each is whole is seen on loading it."""
+        """The steps that have a folder here, oldest first; loading verifies whether each is valid."""
         names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after `step`: the same answer on every rank."""
+        """Whether a checkpoint is due after `step`: the same answer on every rank, however often it is asked."""
+        if self._decision[0] != step:
+            self._decision = step, self._decide(step)
+        return self._decision[1]
+
+    def _decide(self, step: int) -> bool:
         if any(period and step % period == 0 for period in (self.config.every_steps, self.config.keep_every)):
             return True
-        if not self.config.every_minutes or step < self._look:
+        if not self.config.every_minutes or step < self._next_look:
             return False
-        # Rank 0's clock decides, and says when to ask again: half-way at the pace so far, so it costs nothing.
+        # Rank 0's clock decides for all. It looks again halfway to the due time at the pace so far.
         passed = time.monotonic() - self._saved_at
         left = 60 * self.config.every_minutes - passed
         ahead = int(left / 2 / passed * (step - self._saved_step))
-        due, self._look = _from_rank_0((left <= 0, step + max(1, ahead)))
+        due, self._next_look = _from_rank_0((left <= 0, step + max(1, ahead)))
         return due
 
-    def save(
-        self,
-        step: int,
-        phi: Tensor,
-        layout: FlatLayout,
-        learners: Sequence[TaskLearner],
-        config: Config,
-        wait: bool = False,
-    ) -> bool:
-        """Saves the state after `step`: phi [N], the learners, the run's config. Training may go on when this returns.
+    def save(self, state: TrainState, config: Config, wait: bool = False) -> bool:
+        """Saves the state after its newest step, with the run's config. Training may continue when this returns.
 
-        A failure (a full disk, a tensor that is not finite) becomes a warning and leaves the last good checkpoint, and
-        so does an earlier save that still runs. `wait` waits for an earlier save and then for this one: for a run that
-        ends.
+        A failure (full disk, non-finite tensor) or an earlier save still running becomes a warning and leaves the last
+        valid checkpoint. `wait` waits for an earlier save and then for this one: for a run that ends.
 
         Returns:
-            Whether the save has begun; with `wait`, whether `step` has a good checkpoint. The same on every rank.
+            Whether the save has started; with `wait`, whether the step has a valid checkpoint. The same on every rank.
         """
         if wait:
             self.wait()
-        self._saved_at, self._saved_step, self._look = time.monotonic(), step, step + 1
+        step, learners = state.progress.step, state.learners
+        self._saved_at, self._saved_step, self._next_look = time.monotonic(), step, step + 1
         states: dict[str, State] = {task_file(learner.name): learner.state_dict() for learner in learners}
         layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in learners}
         ranks = _from_all(_Report(self._busy(), self.newest, uuid.uuid4().hex[:8]))
         if ranks[0].newest == step:
             return True
         if any(rank.busy for rank in ranks):
-            self.warn(f"no checkpoint of step {step}: an earlier one is still being written")
+            self.warn(f"step {step}: checkpoint skipped, an earlier one is still being written")
             return False
         if self.placement.rank == 0:
-            states[PHI], layouts[PHI] = layout.views(phi), layout.fingerprint()
-        if self.placement.contributes:  # of a data group, whose ranks hold the same bits, the first saves
-            self._copies = {name: to_host(state, self._copies.get(name, {})) for name, state in states.items()}
-            # A name of its own, so that no file of an earlier attempt, or of a rank that hung there, can get in.
+            states[PHI], layouts[PHI] = state.layout.views(state.phi), state.layout.fingerprint()
+        if self.placement.contributes:  # in a data group, whose ranks hold the same bits, only the first saves
+            self._copies = {name: to_host(tensors, self._copies.get(name, {})) for name, tensors in states.items()}
+            # Named by rank 0's token, so that no file of an earlier attempt, or of a rank that hung in it, gets in.
             temporary = self.folder / f"{step_folder(step)}.{ranks[0].token}.tmp"
             values = config.model_dump(mode="json")
-            # A daemon: a rank that fails does not wait for the files of others, which may have failed before it.
+            # A daemon: a failing rank must not wait for the files of others, which may have failed before it.
             self._thread = Thread(
                 target=self._write, args=(temporary, step, self._copies, layouts, values), daemon=True
             )
@@ -154,9 +151,9 @@ class Checkpoints:
         return self.wait() == step if wait else True
 
     def wait(self) -> int | None:
-        """Ends a running save on all ranks; the step of the newest good checkpoint, None while there is none.
+        """Waits for a running save on all ranks; returns the step of the newest valid checkpoint, or None.
 
-        The ranks keep in touch meanwhile: a slow disk is no lost rank, and a lost rank is not waited for.
+        The ranks exchange messages meanwhile, so that a slow disk is not taken for a lost rank, nor waited for forever.
         """
         while any(_from_all(self._busy())):
             if self._thread is not None:
@@ -164,58 +161,62 @@ class Checkpoints:
         self.newest = _from_rank_0(self.newest)
         return self.newest
 
-    def load_newest(
-        self,
-        phi: Tensor,
-        layout: FlatLayout,
-        learners: Sequence[TaskLearner],
-        config: Config,
-        may_differ: Sequence[str] = MAY_DIFFER,
-    ) -> int | None:
-        """Restores phi [N] and the learners, but for their batches' position, from the newest checkpoint that is whole.
+    def load_newest(self, state: TrainState, config: Config, may_differ: Sequence[str] = MAY_DIFFER) -> int | None:
+        """Restores phi, learners, progress and the batches' position from the newest valid checkpoint.
 
-        One that any rank finds torn or altered is named in a warning and set aside as step-S.damaged, and the one
-        before it is used.
+        A checkpoint that any rank finds truncated or corrupt is reported, renamed to step-S.damaged, and the one before
+        it is used.
 
         Returns:
-            The step that training goes on after; None where there is no checkpoint.
+            The step that training continues after; None where there is no checkpoint.
 
         Raises:
-            ValueError: there are checkpoints but none is whole; the run's config or a model does not fit.
+            ValueError: there are checkpoints but none is valid, or the config or the model does not fit them.
         """
         damaged: list[Path] = []
         for step in reversed(_from_rank_0(self.steps() if self.placement.rank == 0 else [])):
-            path, fault = self.folder / step_folder(step), None
-            try:
-                manifest = read_manifest(path)
-                names = [PHI, *(task_file(learner.name) for learner in learners)]
-                states = {name: read_state(path / name, manifest) for name in names}
-            except (OSError, ValueError) as error:
-                fault = str(error)
-            faults = [fault for fault in _from_all(fault) if fault]
-            if faults:
-                self.warn(f"a damaged checkpoint is passed over: {faults[0]}")
+            path = self.folder / step_folder(step)
+            states = self._read(path, state, config, may_differ)
+            if states is None:
                 damaged.append(path)
                 continue
-            with raise_on_all_ranks():
-                differing = config_difference(manifest.config, config.model_dump(mode="json"), may_differ)
-                if differing:
-                    raise ValueError(f"the config does not fit checkpoint {path}: {'; '.join(differing)}")
-                layouts = {task_file(learner.name): learner.flat.layout for learner in learners}
-                for name, now in {PHI: layout, **layouts}.items():
-                    if manifest.files[name].layout != now.fingerprint():
-                        raise ValueError(f"{path / name} is of a model with other tensors, shapes or strides")
-            load_named(layout, phi, states[PHI])
-            for learner in learners:
-                state = states[task_file(learner.name)]
-                learner.load_state_dict({key: value.to(phi.device) for key, value in state.items()})
-            self.newest = self._saved_step = step
+            load_named(state.layout, state.phi, states[PHI])
+            for learner in state.learners:
+                tensors = states[task_file(learner.name)]
+                learner.load_state_dict({key: value.to(state.phi.device) for key, value in tensors.items()})
+                learner.batches.seek(step)
+            state.progress.step = self.newest = self._saved_step = step
             if self.placement.rank == 0:
                 self._set_aside(damaged)
             return step
         if damaged:
-            raise ValueError(f"{self.folder}: none of {len(damaged)} checkpoints is whole; restore one, or start anew")
+            raise ValueError(f"{self.folder}: no valid checkpoint among {len(damaged)}; restore one or pass --fresh")
         return None
+
+    def _read(
+        self, path: Path, state: TrainState, config: Config, may_differ: Sequence[str]
+    ) -> dict[str, dict[str, Tensor]] | None:
+        """This rank's files of a checkpoint; None where any rank finds it damaged."""
+        fault = None
+        try:
+            manifest = read_manifest(path)
+            names = [PHI, *(task_file(learner.name) for learner in state.learners)]
+            states = {name: read_state(path / name, manifest) for name in names}
+        except (OSError, ValueError) as error:
+            fault = str(error)
+        if faults := [fault for fault in _from_all(fault) if fault]:
+            self.warn(f"skipping a damaged checkpoint: {faults[0]}")
+            return None
+        with raise_on_all_ranks():
+            saved = _with_new_keys(manifest.config, config)
+            differing = config_difference(saved, config.model_dump(mode="json"), may_differ)
+            if differing:
+                raise ValueError(f"the config does not match checkpoint {path}: {'; '.join(differing)}")
+            layouts = {task_file(learner.name): learner.flat.layout for learner in state.learners}
+            for name, now in {PHI: state.layout, **layouts}.items():
+                if manifest.files[name].layout != now.fingerprint():
+                    raise ValueError(f"{path / name} belongs to a model with other tensors, shapes or strides")
+        return states
 
     def _busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -223,11 +224,11 @@ class Checkpoints:
     def _write(
         self, temporary: Path, step: int, states: dict[str, State], layouts: dict[str, str], config: dict[str, Any]
     ) -> None:
-        """In the thread: this rank's files, then the list of them; on rank 0 the lists of all, and the rename."""
+        """In the thread: writes this rank's files and their list; rank 0 collects all lists and publishes."""
         rank = self.placement.rank
         try:
             if rank == 0:
-                self._remove_leftovers(but=temporary)  # nobody writes to them: all earlier saves have ended everywhere
+                self._remove_leftovers(but=temporary)  # all earlier saves have ended on all ranks
             temporary.mkdir(exist_ok=True)
             files = {name: write_state(temporary / name, state, layouts[name]) for name, state in states.items()}
             if rank != 0:
@@ -235,31 +236,30 @@ class Checkpoints:
                 replace_file(temporary / f"rank-{rank}.json", _FILES.dump_json(files))
                 return
             files |= self._files_of_others(temporary)
-            write_manifest(temporary, Manifest(step=step, config=config, files=files))
+            write_manifest(temporary, CheckpointManifest(step=step, config=config, files=files))
             fsync_folder(temporary)
-            temporary.rename(self.folder / step_folder(step))
-            fsync_folder(self.folder)
+            publish(temporary, self.folder / step_folder(step))
             self.newest = step
             self._prune()
         except (OSError, ValueError) as error:
             if rank != 0:
-                with suppress(OSError):  # on a full disk an empty file says enough
+                with suppress(OSError):  # on a full disk an empty file must do
                     (temporary / f"rank-{rank}.failed").write_text(str(error))
                 return
             shutil.rmtree(temporary, ignore_errors=True)
-            last = "there is none yet" if self.newest is None else f"the last good one is of step {self.newest}"
-            self.warn(f"no checkpoint of step {step}: {error}; training goes on, {last}")
+            last = "there is none yet" if self.newest is None else f"the latest valid one is at step {self.newest}"
+            self.warn(f"step {step}: checkpoint failed: {error}; training continues, {last}")
 
     def _files_of_others(self, temporary: Path) -> dict[str, StoredFile]:
-        """The other ranks' lists, as soon as each is there."""
+        """The other ranks' lists, each as soon as it appears."""
         deadline, files = time.monotonic() + PATIENCE, {}
         for rank in sorted({ranks[0] for ranks in self.placement.assignment} - {0}):
             listed, failed = temporary / f"rank-{rank}.json", temporary / f"rank-{rank}.failed"
             while not listed.exists():
                 if failed.exists():
-                    raise OSError(f"rank {rank}: {failed.read_text() or 'its files could not be written'}")
+                    raise OSError(f"rank {rank}: {failed.read_text() or 'cannot write its files'}")
                 if time.monotonic() > deadline:
-                    raise OSError(f"no files of rank {rank} after {PATIENCE:.0f} s (is {self.folder} a shared folder?)")
+                    raise OSError(f"no files from rank {rank} after {PATIENCE:.0f} s (is {self.folder} shared?)")
                 time.sleep(0.02)
             files |= _FILES.validate_json(listed.read_bytes())
             listed.unlink()
@@ -278,15 +278,23 @@ class Checkpoints:
     def _set_aside(self, damaged: Sequence[Path]) -> None:
         for path in damaged:
             shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-            with suppress(OSError):  # a folder that cannot be written to: the next save will say so
+            with suppress(OSError):  # not writable: the next save will report it
                 path.rename(path.with_suffix(".damaged"))
 
 
+def _with_new_keys(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The saved values, and the defaults of keys that are newer than the checkpoint."""
+    try:
+        return type(config).model_validate(saved).model_dump(mode="json")
+    except ValueError:  # a key is gone: the comparison names it
+        return saved
+
+
 def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
-    """The keys with another value, such as `inner.lr was 0.05, is 0.1`, but for those keys or sections that may."""
+    """The keys whose values differ, such as `inner.lr was 0.05, is 0.1`, except those keys or sections that may."""
     before, after = dict(_leaves(saved)), dict(_leaves(now))
     return [
-        f"{key} was {before.get(key, 'not there')}, is {after.get(key, 'not there')}"
+        f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
         if (key in before, before.get(key)) != (key in after, after.get(key))
         and not any(key == free or key.startswith(f"{free}.") for free in may_differ)

@@ -1,5 +1,6 @@
-"""phi as a file: what a run exports, and what a run or a meta-test can start from."""
+"""phi as a file: what a run exports, and what a run or a meta-test starts from."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,67 +12,79 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dist_cts.checkpoint.files import State, check_finite, replace_file, to_host
+from dist_cts.atomic import replace_file
+from dist_cts.checkpoint.files import State, check_finite, to_host
 
 SNAPSHOTS = "snapshots"  # folder of a run that holds phi_STEP.safetensors
+WRITER = {"written_by": "dist_cts"}  # marks a sealed file beside the seal: a flipped byte leaves one of the two
+SEAL = "dist_cts_sha256"  # key of the checksum over the whole file, itself excepted
+UNSEALED = "0" * 64  # stands for the checksum while it is computed
 _WEIGHTS = r"\w+_Weights\.\w+"  # how torchvision names its pretrained weights
 
 
 def export_phi(path: Path, named: State, metadata: Mapping[str, str]) -> None:
-    """Writes phi's named tensors as safetensors; at every moment the file is the old one or the new one.
+    """Writes phi's named tensors as safetensors, atomically and sealed with a checksum over the whole file.
 
     Raises:
-        ValueError: a tensor is not finite.
+        ValueError: a tensor holds NaN or Inf.
+        OSError: the file cannot be written.
     """
     check_finite(path.name, named)
-    replace_file(path, safetensors.torch.save(to_host(named, {}), dict(metadata)))
+    named = {name: tensor.contiguous() for name, tensor in to_host(named, {}).items()}
+    data = safetensors.torch.save(named, {**metadata, **WRITER, SEAL: UNSEALED})
+    replace_file(path, data.replace(UNSEALED.encode(), _checksum(data).encode(), 1))
 
 
 def load_phi(source: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a start, on the CPU. Executes nothing that it reads.
+    """The named tensors of an initialization, on the CPU. Reading executes nothing.
 
-    `source`: a .safetensors file, a PyTorch state dict (.pt, .pth), or the name of torchvision's pretrained weights
-    such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. A head among them is dropped by whoever asks for
-    the body's tensors.
+    Args:
+        source: a .safetensors file, a PyTorch state dict (.pt, .pth), or the name of torchvision's pretrained weights
+            such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. A head among them is dropped by whoever
+            asks for the body's tensors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is torn, or holds something else than named tensors; there are no such weights.
+        FileNotFoundError: file not found.
+        ValueError: the file is corrupt or does not hold named tensors; unknown weights.
         OSError: the weights cannot be downloaded.
     """
     path = _downloaded(str(source)) if re.fullmatch(_WEIGHTS, str(source)) else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(f"{path}: file not found")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"{path}: expected a .safetensors file, or a state dict (.pt, .pth)")
+        raise ValueError(f"{path}: expected a .safetensors file or a state dict (.pt, .pth)")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
+            data = path.read_bytes()
+            tensors = safetensors.torch.load(data)
+            _check_seal(path, data)
+            return tensors
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: torn, or not a file of named tensors ({reason})") from None
+        raise ValueError(f"{path}: corrupt, or not a file of named tensors ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state dict, which holds named tensors and nothing else")
+        raise ValueError(f"{path}: expected a state dict that holds only named tensors")
     return dict(state)
 
 
 def phi_metadata(source: str | Path) -> dict[str, str]:
-    """What a run wrote about its phi: algorithm, step, tasks, cumulative_inner_steps, ...; nothing of other files."""
+    """What a run wrote about its phi: algorithm, step, tasks, cumulative_inner_steps, ...; empty for other files."""
     if Path(source).suffix != ".safetensors":
         return {}
     with safetensors.safe_open(source, "pt") as file:
-        return file.metadata() or {}
+        metadata = file.metadata() or {}
+    return {key: value for key, value in metadata.items() if key not in (*WRITER, SEAL)}
 
 
 def named_starts(arguments: Iterable[str]) -> dict[str, str]:
-    """The source for `load_phi` of every start, by name, from arguments [NAME=]SOURCE.
+    """What `load_phi` takes for each initialization, by name, from arguments [NAME=]SOURCE.
 
-    Without a name it is the run folder's, or that of torchvision's weights. A folder of snapshots gives a start
-    NAME@STEP for each.
+    The default name is the run folder's, or that of torchvision's weights. A folder of snapshots gives one
+    initialization NAME@STEP per snapshot.
 
     Raises:
-        ValueError: two starts of one name, or a folder without snapshots.
+        ValueError: a duplicate name, or a folder without snapshots.
     """
     starts: dict[str, str] = {}
     for argument in arguments:
@@ -80,16 +93,16 @@ def named_starts(arguments: Iterable[str]) -> dict[str, str]:
         snapshots = sorted(path.glob("phi_*.safetensors"), key=_step) if path.is_dir() else []
         if path.is_dir() and not snapshots:
             raise ValueError(f"{path}: expected a file, or a folder of phi_STEP.safetensors (see snapshot_every)")
-        name = name or (source if re.fullmatch(_WEIGHTS, source) else run_folder(path).name)
+        name = name or (source if re.fullmatch(_WEIGHTS, source) else run_dir_of(path).name)
         found = {f"{name}@{_step(file)}": str(file) for file in snapshots} or {name: source}
         if twice := starts.keys() & found.keys():
-            raise ValueError(f"--phi: two starts are called {min(twice)}; give each its own NAME=")
+            raise ValueError(f"--phi: duplicate name {min(twice)}; give each initialization its own NAME=")
         starts |= found
     return starts
 
 
-def run_folder(path: Path) -> Path:
-    """The run's folder of a phi, of a snapshot or of the folder of all snapshots."""
+def run_dir_of(path: Path) -> Path:
+    """The run folder of a phi, of a snapshot, or of a folder of snapshots."""
     folder = path if path.is_dir() else path.parent
     return (folder.parent if folder.name == SNAPSHOTS else folder).resolve()
 
@@ -97,7 +110,7 @@ def run_folder(path: Path) -> Path:
 def _step(snapshot: Path) -> int:
     number = snapshot.stem.removeprefix("phi_")
     if not number.isdecimal():
-        raise ValueError(f"{snapshot}: expected the name phi_STEP.safetensors")
+        raise ValueError(f"{snapshot}: expected a name like phi_1000.safetensors")
     return int(number)
 
 
@@ -119,3 +132,18 @@ def _downloaded(name: str) -> Path:
             reason = " ".join(str(error).split())[:160]
             raise OSError(f"{name} cannot be downloaded ({reason}); put {url} into {path.parent}") from None
     return path
+
+
+def _check_seal(path: Path, data: bytes) -> None:
+    """Raises ValueError if a sealed file was changed; one without a seal comes from elsewhere and is taken as it is."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if SEAL not in metadata and not WRITER.items() <= metadata.items():
+        return
+    checksum = metadata.get(SEAL, UNSEALED)
+    if _checksum(data.replace(checksum.encode(), UNSEALED.encode(), 1)) != checksum:
+        raise ValueError("its checksum does not match its content")
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Host memory that a step has freed, for the next step to use."""
+"""glibc malloc tuning for CPU training: keep freed memory."""
 
 import ctypes
 
@@ -7,11 +7,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's malloc keep up to 2 GiB of freed memory for the next step; with another malloc it does nothing.
+    """Makes glibc's malloc keep up to 2 GiB of freed memory for the next step; no effect with another malloc.
 
-    A step on a CPU allocates activations and gradients anew. As shipped, malloc returns what is free at its heap's end,
-    and the step takes tens of thousands of page faults to get it back. The other threshold, from which an allocation is
-    a mapping of its own, is the one that malloc ends up at by itself, and would stay where it starts if not set too.
+    Every step on a CPU allocates activations and gradients. By default malloc returns free memory at the heap's end to
+    the system, and the next step takes tens of thousands of page faults to get it back. Setting one threshold freezes
+    the other at its initial value, so the size from which an allocation gets a mapping of its own is set too, to the
+    value that malloc reaches by itself.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

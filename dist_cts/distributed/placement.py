@@ -1,5 +1,6 @@
-"""Placement: T tasks on W ranks, the even placement, and the data groups that share a task."""
+"""Placement: T tasks on W ranks, the even assignment, and the data groups that share a task."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -11,10 +12,10 @@ Assignment = tuple[tuple[int, ...], ...]  # the ranks of every task, in task ord
 
 @dataclass(frozen=True)
 class Placement:
-    """T tasks on W ranks, seen from one of them.
+    """T tasks on W ranks, as one of the ranks sees it.
 
-    A rank has one or several tasks to itself, or it is one of the D ranks of a data group, which share every batch of
-    a single task; D may differ from task to task. No rank is without a task.
+    A rank either has one or several tasks to itself, or is one of the D ranks of a data group, which share every batch
+    of a single task; D may differ between tasks. No rank is without a task.
     """
 
     assignment: Assignment
@@ -33,7 +34,7 @@ class Placement:
 
     @property
     def data_group(self) -> tuple[int, ...]:
-        """The ranks that share this rank's task, itself among them; itself alone where it has its tasks to itself."""
+        """The ranks that share this rank's task, itself included."""
         return self.assignment[self.local_tasks[0]]
 
     @property
@@ -48,12 +49,12 @@ class Placement:
 
     @property
     def contributes(self) -> bool:
-        """Whether this rank's theta counts in the mean: its data group's other ranks hold the same bits."""
+        """Whether this rank's theta counts in the mean: the other ranks of its data group hold the same bits."""
         return self.data_rank == 0
 
 
 def even_assignment(tasks: int, world_size: int) -> Assignment:
-    """Equal loads for equal tasks: contiguous blocks of tasks a rank, or D neighbouring ranks for each task.
+    """Equal loads for equal tasks: contiguous blocks of tasks per rank, or D neighbouring ranks per task.
 
     Raises:
         ValueError: more ranks than tasks, and not a multiple of them.
@@ -70,7 +71,7 @@ def even_assignment(tasks: int, world_size: int) -> Assignment:
 
 
 def place(tasks: int, world_size: int, rank: int) -> Placement:
-    """The even placement, seen from `rank`; needs no process group.
+    """The even placement as `rank` sees it; needs no process group.
 
     Raises:
         ValueError: more ranks than tasks, and not a multiple of them.
@@ -79,8 +80,17 @@ def place(tasks: int, world_size: int, rank: int) -> Placement:
 
 
 def data_group(placement: Placement, timeout_seconds: float = 120) -> dist.ProcessGroup | None:
-    """The ranks that share this rank's task; None where it has its tasks to itself. Every rank calls this."""
+    """The process group of the ranks that share this rank's task; None where it has its tasks to itself.
+
+    Collective: every rank calls this.
+    """
     groups = [list(ranks) for ranks in placement.assignment if len(ranks) > 1]  # the same order on all ranks
     if not groups:
         return None
     return dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout_seconds))[0]
+
+
+def describe_ranks(assignment: Assignment, names: Sequence[str], ranks: Iterable[int]) -> str:
+    """Ranks with their tasks: `rank 1 (task b), rank 2 (task c)`."""
+    tasks = {rank: [name for name, own in zip(names, assignment, strict=True) if rank in own] for rank in ranks}
+    return ", ".join(f"rank {rank} (task {', '.join(own)})" for rank, own in tasks.items())

@@ -1,4 +1,4 @@
-"""The process group, and which task learners live on which rank."""
+"""The process group: device, rendezvous, and checks between ranks."""
 
 import hashlib
 import os
@@ -18,12 +18,10 @@ from dist_cts.flat import FlatLayout
 
 
 def select_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or `auto`: this local rank's GPU where every local rank has one, otherwise the CPU.
-
-    This process is made ready for it.
+    """Selects and initializes the device: `cpu`, `cuda`, or `auto`, which takes the GPU if every local rank has one.
 
     Raises:
-        ValueError: `cuda`, and fewer GPUs than local ranks.
+        ValueError: `cuda` with fewer GPUs than local ranks.
     """
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and gpus < ranks):
@@ -31,7 +29,7 @@ def select_device(name: str) -> torch.device:
         return torch.device("cpu")
     if gpus < ranks:
         raise ValueError(
-            f"device=cuda: {ranks} ranks on this node but {gpus} GPUs; start one rank a GPU, or set device=cpu"
+            f"device=cuda: {ranks} ranks but {gpus} GPUs on this node; start one rank per GPU, or set device=cpu"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -40,14 +38,17 @@ def select_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """Joins torchrun's process group, NCCL for CUDA and gloo for the CPU; without torchrun, a group of one rank.
+    """Joins torchrun's process group, NCCL on CUDA and gloo on the CPU; without torchrun, a group of one rank.
 
-    The group is left only after success: after a failure the peers may be gone, and leaving could wait for them.
+    The group is destroyed only on success: after a failure the peers may be gone, and destroying it could block.
+
+    Raises:
+        RunError: a rank did not join in time.
     """
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: a host name that resolves is not needed
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # on one node, needs no host name that resolves
     if "RANK" in os.environ:
         device_id = device if device.type == "cuda" else None
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -62,14 +63,14 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
 
 
 def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name of this start of the ranks, drawn by rank 0 and the same on all of them.
+    """An identifier of this start of the ranks, drawn by rank 0, which prefixes all keys of the process group.
 
-    torchrun keeps its store over restarts, with the addresses of processes that are gone: whoever reads one of those
-    before its new owner has written over it connects to nothing. So every rank greets with a name of its own, and
-    believes the answer that repeats it; rank 0 answers until all have been heard.
+    torchrun keeps its store across restarts, with the addresses of dead processes; a rank that reads a stale address
+    hangs. Protocol: every rank > 0 writes a greeting with a random token and accepts only an answer that repeats it;
+    rank 0 answers until every rank has confirmed.
 
     Raises:
-        RunError: a rank has not come in time.
+        RunError: a rank did not join in time.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
 
@@ -78,7 +79,7 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
 
     def wait_for(missing: int) -> None:
         if time.monotonic() > deadline:
-            raise RunError(f"rank {missing} has not joined within {timeout.total_seconds():g} s of the start", rank)
+            raise RunError(f"rank {missing} did not join within {timeout.total_seconds():g} s", rank)
         time.sleep(0.05)
 
     if rank > 0:
@@ -100,11 +101,12 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """A block in which an error of one rank is raised on all of them, instead of leaving the others waiting.
+    """A block whose errors on any rank are raised on all ranks, so that none waits for a failed one.
+
+    Collective: every rank enters and leaves the block.
 
     Raises:
-        ValueError, OSError, ImportError: the lowest failing rank's error, its text starting with `rank R:` where only
-            some ranks failed.
+        ValueError, OSError, ImportError: the lowest failing rank's error, prefixed with `rank R:` if not all failed.
     """
     error: Exception | None = None
     try:
@@ -122,10 +124,10 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def check_layouts(layout: FlatLayout) -> None:
-    """Compares phi's layout over all ranks; comes before any tensor is exchanged.
+    """Verifies that phi's layout is the same on all ranks, before any tensor is exchanged.
 
     Raises:
-        ValueError: two ranks differ; both are named, with the first difference.
+        ValueError: two ranks differ; both are named, with the first differing tensor.
     """
     prints: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(prints, layout.fingerprint())
@@ -136,13 +138,15 @@ def check_layouts(layout: FlatLayout) -> None:
     other = next(rank for rank, print_ in enumerate(prints) if print_ != prints[0])
     mine, theirs = lines[0], lines[other]
     for index in range(max(len(mine), len(theirs))):
-        a, b = (side[index] if index < len(side) else "nothing" for side in (mine, theirs))
+        a, b = (side[index] if index < len(side) else "missing" for side in (mine, theirs))
         if a != b:
-            raise ValueError(f"ranks 0 and {other} build different bodies: tensor {index} is {a} against {b}")
+            raise ValueError(
+                f"ranks 0 and {other} have different models: tensor {index} is {a} on rank 0, {b} on rank {other}"
+            )
 
 
 def check_same_bits(vector: Tensor, step: int) -> None:
-    """Compares a replicated vector's bits over all ranks by their hashes.
+    """Verifies by a hash that a replicated vector has the same bits on all ranks.
 
     Raises:
         RunError: a rank differs; it is named.
@@ -152,4 +156,7 @@ def check_same_bits(vector: Tensor, step: int) -> None:
     dist.all_gather_object(hashes, mine)
     for rank, other in enumerate(hashes):
         if other != hashes[0]:
-            raise RunError(f"step {step}: phi on rank {rank} differs from rank 0's; restart from the newest checkpoint")
+            raise RunError(
+                f"step {step}: phi on rank {rank} differs from rank 0's; run the same command to resume "
+                "from the newest checkpoint"
+            )

@@ -1,1 +1,1 @@
-"""The training entry point: configuration, setup, periodic hooks, shutdown, run folder."""
+"""The entry points train and meta_test: configuration, setup, periodic hooks, shutdown, the run folder."""

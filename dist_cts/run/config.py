@@ -1,9 +1,10 @@
 """The configuration of a meta-training run."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
 from dist_cts.checkpoint.manager import CheckpointConfig
@@ -12,6 +13,8 @@ from dist_cts.data.batches import DataConfig
 from dist_cts.distributed.reducer import Reduction
 from dist_cts.learner import InnerConfig, ResetConfig
 from dist_cts.models import ModelConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class TaskConfig(Config):
@@ -29,36 +32,68 @@ class TrainConfig(Config):
     """A meta-training run; the defaults are the paper's section 4.2."""
 
     algorithm: str = Field("cts", description=", ".join(ALGORITHMS))
-    episodes: int = Field(200, gt=0, description="M, times that every learner starts from phi")
-    inner_steps: int = Field(1000, gt=0, description="K, inner steps an episode")
-    meta_lr: float = Field(0.01, gt=0, description="beta; it falls as K grows (supplement, Table 3)")
+    episodes: int = Field(200, gt=0, description="M, number of episodes; each resets every learner to phi")
+    inner_steps: int = Field(1000, gt=0, description="K, inner steps per episode")
+    meta_lr: float = Field(0.01, gt=0, description="beta, smaller for larger K (supplement, Table 3)")
     tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
-    batch_size: int = Field(128, gt=0, description="images of one task in one inner step")
-    seed: int = Field(0, description="phi_0, the heads and every sample follow from it")
+    batch_size: int = Field(128, gt=0, description="images per task and inner step")
+    seed: int = Field(0, description="seeds initialization, data order and augmentation")
     init: str | None = Field(
-        None, description="phi_0: a .safetensors or .pth, or torchvision's ResNet18_Weights.X; default: from the seed"
+        None, description="phi_0: a .safetensors or .pth file, or ResNet18_Weights.X of torchvision; default: random"
     )
-    run_dir: Path | None = Field(None, description="the run's folder; default runs/ + the config's path below configs/")
+    run_dir: Path | None = Field(None, description="run folder; default: runs/ + the config's path below configs/")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; theta, phi, the mean stay fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast; theta, phi and the reduction stay fp32"
+    )
     channels_last: bool = Field(False, description="memory format of images and weights")
     placement: Literal["even", "auto"] | dict[str, list[int]] = Field(
         "even",
-        description="tasks on ranks: even, where nothing depends on a measurement; auto, by step times measured at the "
-        "first start; or {task: [ranks]}",
+        description="tasks on ranks: even: deterministic; auto: by step times measured at the first start; "
+        "or {task: [ranks]}",
     )
-    reduction: Reduction = Field("mean", description="mean, or ordered: the same bits on any number of ranks")
-    nonfinite: Literal["abort", "skip"] = Field("abort", description="skip: restart that learner from phi, go on")
-    loss_limit: float = Field(100, gt=0, description="a task whose loss exceeds it is reported as diverging")
-    log_every: int = Field(100, gt=0, description="inner steps between two records of metrics.jsonl")
-    eval_every: int = Field(0, ge=0, description="inner steps between two tests of each theta; 0: never")
-    check_every: int = Field(1000, gt=0, description="inner steps between two comparisons of phi over the ranks")
-    snapshot_every: int = Field(0, ge=0, description="inner steps between two files phi_STEP in snapshots/; 0: never")
-    timeout_seconds: float = Field(120, gt=0, description="how long a rank waits for a lost one")
-    max_minutes: float = Field(0, ge=0, description="stop with a checkpoint after so long; 0: never")
+    reduction: Reduction = Field("mean", description="mean; ordered: bit-identical on any number of ranks")
+    nonfinite: Literal["abort", "skip"] = Field(
+        "abort", description="on NaN or Inf: abort, or skip the update and restart that learner from phi"
+    )
+    loss_limit: float = Field(100, gt=0, description="report a task as diverging when its loss exceeds this")
+    log_every: int = Field(100, gt=0, description="write metrics every N inner steps")
+    eval_every: int = Field(
+        0, ge=0, description="evaluate every task on its test split every N inner steps; 0 disables"
+    )
+    check_every: int = Field(1000, gt=0, description="verify every N inner steps that phi is identical on all ranks")
+    snapshot_every: int = Field(0, ge=0, description="write snapshots/phi_STEP every N inner steps; 0 disables")
+    timeout_seconds: float = Field(120, gt=0, description="collective timeout in seconds")
+    max_minutes: float = Field(0, ge=0, description="save a checkpoint and exit after N minutes; 0 disables")
     inner: InnerConfig = InnerConfig()
     method: MethodConfig = MethodConfig()
     reset: ResetConfig = ResetConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "TrainConfig":
+        if duplicates := [name for name, count in Counter(self.task_names).items() if count > 1]:
+            raise ValueError(f"tasks: duplicate task name {duplicates[0]!r} in {', '.join(self.task_names)}")
+        return self
+
+    @property
+    def task_names(self) -> list[str]:
+        """In task order."""
+        return [task.name for task in self.tasks]
+
+    def batch_size_of(self, task: TaskConfig) -> int:
+        """B, the task's own or the run's."""
+        return task.batch_size or self.batch_size
+
+    def with_run_dir(self, file: Path | None = None) -> "TrainConfig":
+        """This configuration with its default run folder filled in: runs/ and the path of `file` below configs/.
+
+        Several folders there have a cts.yaml. A file elsewhere gives its name, no file the algorithm's.
+        """
+        if self.run_dir is not None:
+            return self
+        path = Path(self.algorithm) if file is None else file.resolve()
+        path = path.relative_to(CONFIGS) if path.is_relative_to(CONFIGS) else Path(path.name)
+        return self.model_copy(update={"run_dir": Path("runs") / (path if file is None else path.with_suffix(""))})

@@ -1,4 +1,4 @@
-"""How a command of launch/ ends: one clear line for a mistake, and an exit code that a scheduler understands."""
+"""Exit codes, and how a command ends: one line per error and a code that a scheduler understands."""
 
 import faulthandler
 import os
@@ -9,17 +9,17 @@ from typing import NoReturn
 
 from dist_cts.errors import RunError
 
-DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: a checkpoint is written, start the same command again
+DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint, run the same command again
 
 
 def finish(command: Callable[[], int]) -> int:
-    """Runs `command` and gives its exit code; a mistake or a failure becomes a line on stderr.
+    """Runs `command` and returns its exit code; an error becomes one line on stderr.
 
-    ValueError and FileNotFoundError (the command cannot run as asked) give 2, RunError, OSError and ImportError (it
-    failed) 1. What all ranks share is printed by rank 0 alone, or by the rank that a RunError names.
+    ValueError and FileNotFoundError (bad usage or config) return 2; RunError, OSError and ImportError (it failed)
+    return 1. An error that all ranks share is printed by rank 0, or by the rank that a RunError names.
     """
     speaker = 0
-    faulthandler.enable(2)  # says where a crash was (SIGSEGV, SIGBUS), which ends the process without an exception
+    faulthandler.enable(2)  # prints a traceback on SIGSEGV or SIGBUS, which raise no exception
     try:
         return command()
     except (ValueError, FileNotFoundError) as error:
@@ -29,17 +29,17 @@ def finish(command: Callable[[], int]) -> int:
     except (OSError, ImportError) as error:
         code, text = ERROR, str(error)
     except KeyboardInterrupt:
-        code, text = ERROR, "interrupted at once; the same command goes on from the newest checkpoint"
+        code, text = ERROR, "interrupted; run the same command to resume from the newest checkpoint"
     if int(os.environ.get("RANK", 0)) == speaker:
         print(f"error: {text}", file=sys.stderr, flush=True)
     return code
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process at once; all files must be closed.
+    """Exits without Python's shutdown; all files must be closed.
 
-    gloo's threads outlive the interpreter and at times abort an orderly exit: a finished rank would look like a crash.
-    A torchrun that restarts what fails is ended too where that would not help: after a stop on request, a bad config.
+    gloo's threads outlive the interpreter and can abort an orderly exit, so that a finished rank looks like a crash.
+    A torchrun with --max-restarts is ended too where a restart would not help: after a requested stop or a bad config.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log file."""
 
 import json
 import sys
@@ -18,17 +18,17 @@ from dist_cts.run.console import log_rank0
 
 
 class Metrics:
-    """Collects the control tails between two logs, and writes a record for every task at each log.
+    """Accumulates the control tails between two logs and writes one record per task at each log.
 
-    Only rank 0 writes and prints: the tails carry every task's loss and accuracy to it without a message of their own.
+    Only rank 0 writes and prints: the tails bring it every task's loss and accuracy without extra communication.
     """
 
     def __init__(self, folder: Path, tasks: list[str], placement: Placement, progress: Progress, steps: int) -> None:
-        """`steps`: the inner steps of the whole run, for the progress bar; `progress` says how many are done."""
+        """`steps`: inner steps of the whole run, for the progress bar; `progress` tells how many are done."""
         self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
         self.ranks = [ranks[0] for ranks in placement.assignment]
         self.active = placement.rank == 0
-        self._lost = False  # some records, to a full disk
+        self._lost = False  # whether records were lost to a full disk
         self._clear()
         if self.active:
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -37,14 +37,14 @@ class Metrics:
             self.bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not terminal, dynamic_ncols=True)
 
     def add(self, control: Control) -> None:
-        """Counts one reduction's report in."""
+        """Adds one reduction's report."""
         self._steps += control.steps
         self._loss += control.steps * control.loss
         self._accuracy += control.steps * control.accuracy
         self._wait += control.wait_seconds
 
     def log(self, progress: Progress) -> None:
-        """Writes the means since the last log, a line a task, and starts anew."""
+        """Writes the means since the last log, one line per task, and resets them."""
         if self.active and self._steps.sum() > 0:
             rate = float(self._steps.max()) / (time.perf_counter() - self._since)
             loss, accuracy = self._loss / self._steps, self._accuracy / self._steps
@@ -59,24 +59,24 @@ class Metrics:
                     wait_seconds=round(float(self._wait[self.ranks[task]]), 4),
                 )
             means = {"mean/loss": loss.mean(), "mean/accuracy": accuracy.mean(), "steps_per_second": rate}
-            with self._spared():
+            with self._best_effort():
                 for tag, value in means.items():
                     self.board.add_scalar(tag, value, progress.step)
             self._show(progress, loss, accuracy, rate)
         self._clear()
 
     def log_test(self, progress: Progress, task: str, loss: float, accuracy: float) -> None:
-        """Writes one task's loss and accuracy (0 .. 1) on its own test images, theta in mid-trajectory."""
+        """Writes one task's loss and accuracy (0 .. 1) on its test split, for theta in mid-trajectory."""
         if self.active:
             self._write(progress, task=task, test_loss=round(loss, 6), test_accuracy=round(accuracy, 6))
             log_rank0(f"step {progress.step}: {task} test accuracy {100 * accuracy:.1f} %, test loss {loss:.3f}")
 
     def close(self) -> None:
-        """Closes the files; what was written stays."""
+        """Closes the files."""
         if self.active:
             self.bar.close()
             for file in (self.board, self.file):
-                with self._spared():
+                with self._best_effort():
                     file.close()
 
     def _write(self, progress: Progress, **values: float | str) -> None:
@@ -87,19 +87,19 @@ class Metrics:
             "inner_step": progress.inner_step,
             **values,
         }
-        with self._spared():
+        with self._best_effort():
             self.file.write(json.dumps(record) + "\n")
             for key in values.keys() - {"task", "steps_per_second", "rank"}:
                 self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
-        """A block whose failure, on a full disk, costs records and not the run."""
+    def _best_effort(self) -> Iterator[None]:
+        """A block that may fail on a full disk: the records are lost, the run continues."""
         try:
             yield
         except OSError as error:
             if not self._lost:
-                log_rank0(f"records of metrics are lost: {error}; training goes on")
+                log_rank0(f"metrics records lost: {error}; training continues")
             self._lost = True
 
     def _show(self, progress: Progress, loss: torch.Tensor, accuracy: torch.Tensor, rate: float) -> None:
@@ -111,7 +111,7 @@ class Metrics:
             tasks = " ".join(f"{name} {loss[task]:.2f}" for task, name in enumerate(self.tasks))
             log_rank0(
                 f"step {progress.step}/{self.steps} episode {progress.episode} k {progress.inner_step} {mean} "
-                f"{rate:.1f} steps/s wait {float(self._wait.max()):.2f} s | {tasks}"
+                f"{rate:.1f} steps/s data wait {float(self._wait.max()):.2f} s | {tasks}"
             )
 
     def _clear(self) -> None:

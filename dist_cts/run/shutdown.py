@@ -1,4 +1,4 @@
-"""What asks a rank to stop: SIGTERM, SIGUSR2, Ctrl-C, or the end of the torchrun that started it."""
+"""Graceful shutdown on SIGTERM, SIGUSR2, Ctrl-C or loss of torchrun."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop; the control tail then stops all of them at the same step."""
+    """Whether this rank was asked to stop; the control tail then stops all ranks at the same step."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -17,11 +17,14 @@ class StopRequest:
 
     @property
     def made(self) -> bool:
-        """By a signal, or because the agent is dead: nobody would restart a run that goes on without it."""
+        """By a signal, or because torchrun's agent is gone, without which nothing would restart the run."""
         return self._since is not None or self._agent not in (None, os.getppid())
 
     def handle(self, number: int, frame: object) -> None:
-        """A signal's handler; a second Ctrl-C ends the process, but a terminal's reaches a rank twice through torchrun.
+        """Signal handler. A second Ctrl-C ends the process at once.
+
+        One Ctrl-C in a terminal may arrive twice, directly and through torchrun: it counts as the second only after
+        more than a second.
 
         Raises:
             KeyboardInterrupt: Ctrl-C more than a second after the first signal.
@@ -35,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """A block in which SIGTERM, SIGUSR2 and Ctrl-C are requests, but only in the main thread."""
+    """A block in which SIGTERM, SIGUSR2 and Ctrl-C request a stop; without effect outside the main thread."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

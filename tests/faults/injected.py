@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-from dist_cts.checkpoint import files as checkpoint_files
+from dist_cts import atomic
 from dist_cts.data import source
 from dist_cts.distributed import peer_failure
 from dist_cts.learner import TaskLearner
-from dist_cts.run.train import Run
+from dist_cts.run.hooks import Hooks
 
 fault = json.loads(os.environ["FAULT"])
 peer_failure.LOOK, peer_failure.PATIENCE = 0.1, 1.5
@@ -90,18 +90,18 @@ def at_gradient() -> None:
 
 
 def at_test() -> None:
-    test = Run._test
+    evaluate = Hooks.evaluate
 
-    def tested(run):
-        if run.progress.step == fault["step"]:
+    def evaluated(hooks):
+        if hooks.state.progress.step == fault["step"]:
             act()
-        test(run)
+        evaluate(hooks)
 
-    Run._test = tested
+    Hooks.evaluate = evaluated
 
 
 def at_file() -> None:
-    write_file, files = checkpoint_files.write_file, []
+    write_file, files = atomic.write_file, []
 
     def written(path, data):
         files.append(path)
@@ -110,7 +110,7 @@ def at_file() -> None:
             act()
         write_file(path, data)
 
-    checkpoint_files.write_file = written
+    atomic.write_file = written
 
 
 def at_loader() -> None:

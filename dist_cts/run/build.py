@@ -1,0 +1,82 @@
+"""From a configuration to the parts of a run: placement, learners, phi_0."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_cts import models
+from dist_cts.checkpoint.phi import load_phi
+from dist_cts.data.batches import TaskBatches, open_task
+from dist_cts.distributed.balance import Costs, named_assignment, plan
+from dist_cts.distributed.placement import Assignment, Placement, even_assignment
+from dist_cts.distributed.process_group import raise_on_all_ranks
+from dist_cts.flat import FlatLayout, load_named
+from dist_cts.learner import Batches, TaskLearner
+from dist_cts.run.config import TaskConfig, TrainConfig
+
+
+def choose_assignment(config: TrainConfig, costs: Costs, world_size: int) -> Assignment:
+    """The ranks of every task, as `placement` says; `costs` are the measured step times that `auto` plans with.
+
+    Raises:
+        ValueError: the tasks do not fit the ranks.
+    """
+    names = config.task_names
+    if config.placement == "even":
+        return even_assignment(len(names), world_size)
+    if config.placement != "auto":
+        return named_assignment(config.placement, names, world_size)
+    # iMAML's Hessian-vector products need the whole batch on one rank: a batch of 1 cannot be shared.
+    sizes = [1 if config.algorithm == "imaml" else config.batch_size_of(task) for task in config.tasks]
+    return plan([costs[name] for name in names], world_size, sizes)
+
+
+def build_learners(config: TrainConfig, placement: Placement, device: torch.device) -> list[TaskLearner]:
+    """This rank's learners in task order, each with its task's training images; needs no other rank.
+
+    Raises:
+        ValueError, FileNotFoundError: a prepared task is missing, damaged, or does not fit the configuration.
+    """
+    return [_open_learner(config, config.tasks[task], placement, device) for task in placement.local_tasks]
+
+
+def build_learner(config: TrainConfig, device: torch.device, name: str, classes: int, batches: Batches) -> TaskLearner:
+    """One task's learner on the given batches; its initial weights follow from the seed and the task's name."""
+    model, head = models.build(config.model, classes, config.seed, "head", name)
+    model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    return TaskLearner(name, model, head, batches, config.inner, reset=config.reset, autocast=autocast)
+
+
+def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -> Tensor:
+    """phi_0 [N] from `init` or the seed: built on rank 0 and broadcast, so that all ranks start with the same bits.
+
+    Raises:
+        ValueError, OSError: `init` is missing, damaged, or does not fit the model.
+    """
+    phi = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0 and config.init is not None:
+            load_named(layout, phi, load_phi(config.init), config.init)
+        elif dist.get_rank() == 0:
+            load_named(layout, phi, models.build(config.model, 1, config.seed, "phi")[0].state_dict())
+    dist.broadcast(phi, 0)
+    return phi
+
+
+def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, device: torch.device) -> TaskLearner:
+    folder = config.data.root / task.name
+    source = open_task(folder, "train", config.data, device)
+    classes = source.manifest.classes
+    if task.classes not in (None, classes):
+        raise ValueError(f"task {task.name}: the config says {task.classes} classes, {folder} has {classes}")
+    batches = TaskBatches(
+        source,
+        config.seed,
+        config.batch_size_of(task),
+        config.data,
+        data_rank=placement.data_rank,
+        data_ranks=placement.data_ranks,
+        channels_last=config.channels_last,
+    )
+    return build_learner(config, device, task.name, classes, batches)

@@ -1,0 +1,78 @@
+"""Measured step times of the tasks, which `placement: auto` plans with; the run folder keeps them for a resume."""
+
+import json
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_cts.atomic import replace_file
+from dist_cts.data.beton import read_manifest
+from dist_cts.distributed.balance import Costs
+from dist_cts.distributed.process_group import raise_on_all_ranks
+from dist_cts.learner import TaskLearner
+from dist_cts.run.build import build_learner
+from dist_cts.run.config import TrainConfig
+
+STEP_SECONDS = "step_seconds.json"  # in the run folder
+
+
+def shared_costs(config: TrainConfig, device: torch.device, fresh: bool = False) -> Costs:
+    """Each task's step time on one rank: rank 0 measures on random images and broadcasts the result.
+
+    A resumed run takes the times in its run folder: the same number of ranks then gets the same placement, and with it
+    the same bits. With `fresh` they are measured again.
+
+    Raises:
+        ValueError, FileNotFoundError: a prepared task is missing.
+    """
+    costs: list[dict[str, float]] = [{}]
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0:
+            file = config.run_dir / STEP_SECONDS
+            if file.exists() and not fresh:
+                costs[0] = json.loads(file.read_text())
+            if costs[0].keys() != set(config.task_names):
+                costs[0] = _measure(config, device)
+    dist.broadcast_object_list(costs, src=0)
+    return costs[0]
+
+
+def keep_costs(config: TrainConfig, costs: Costs) -> None:
+    """Writes the measured times, if any, into the run folder."""
+    if costs is not None:
+        replace_file(config.run_dir / STEP_SECONDS, (json.dumps(costs, indent=1) + "\n").encode())
+
+
+class RandomBatch:
+    """The same random images [B, 3, P, P] and labels [B] at every step, for timing."""
+
+    def __init__(self, pixels: int, batch_size: int, device: torch.device, channels_last: bool = False) -> None:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.images = torch.rand(batch_size, 3, pixels, pixels, device=device).contiguous(memory_format=memory_format)
+        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.wait_seconds = 0.0
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Images, float32 [B, 3, P, P], and labels, int64 [B]."""
+        return self.images, self.labels
+
+
+def step_seconds(learner: TaskLearner) -> float:
+    """The median time of an inner step over half a second of steps, after a warm-up."""
+    from torch.utils.benchmark import Timer  # also waits for the device
+
+    timer = Timer("learner.inner_step()", globals={"learner": learner}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).median
+
+
+def _measure(config: TrainConfig, device: torch.device) -> dict[str, float]:
+    costs, measured = {}, {}
+    for task in config.tasks:
+        manifest = read_manifest(config.data.root / task.name / "train")
+        shape = manifest.pixels, config.batch_size_of(task)
+        if shape not in measured:
+            batches = RandomBatch(*shape, device, config.channels_last)
+            measured[shape] = step_seconds(build_learner(config, device, task.name, manifest.classes, batches))
+        costs[task.name] = measured[shape]
+    return costs

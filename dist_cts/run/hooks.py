@@ -1,0 +1,168 @@
+"""What happens after every inner step: an ordered list of hooks, the same on every rank."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dist_cts.algorithms.table import Algorithm
+from dist_cts.checkpoint.manager import CheckpointManager
+from dist_cts.checkpoint.phi import SNAPSHOTS, export_phi
+from dist_cts.data.batches import open_task, test_batches
+from dist_cts.distributed.placement import Placement
+from dist_cts.distributed.process_group import check_same_bits
+from dist_cts.distributed.reducer import Control, MetaReducer
+from dist_cts.errors import RunError
+from dist_cts.run.config import TrainConfig
+from dist_cts.run.console import log_rank0
+from dist_cts.run.metrics import Metrics
+from dist_cts.run.shutdown import StopRequest
+from dist_cts.state import TrainState
+
+Hook = Callable[[], None]
+
+
+class Hooks:
+    """Logging, evaluation, checks, snapshots and checkpoints. All ranks take every decision here at the same step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        algorithm: Algorithm,
+        placement: Placement,
+        reducer: MetaReducer,
+        metrics: Metrics,
+        checkpoints: CheckpointManager,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.state, self.algorithm, self.placement = config, state, algorithm, placement
+        self.reducer, self.metrics, self.checkpoints, self.stop = reducer, metrics, checkpoints, stop
+        self.started = time.monotonic()
+        self.diverging: set[int] = set()  # tasks already reported
+        self.order: tuple[Hook, ...] = (
+            self.request_stop,  # into the next reduction's control tail
+            self.read_controls,  # from the reductions that have arrived
+            self._every(config.log_every, self.log),
+            self._every(config.eval_every, self.evaluate),
+            self.check_phi,
+            self._every(config.snapshot_every, self.snapshot),  # before the checkpoint: a resumed run misses none
+            self.save,
+        )
+
+    def __call__(self) -> None:
+        """Runs the hooks of the finished step."""
+        for hook in self.order:
+            hook()
+
+    def request_stop(self) -> None:
+        """Asks all ranks to stop, after a signal to this one or when `max_minutes` have passed."""
+        minutes = self.config.max_minutes
+        late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
+        self.reducer.stop_requested = late or self.stop.made
+
+    def read_controls(self, flush: bool = False) -> None:
+        """Handles what the ranks told each other; a log or a checkpoint waits for the newest reduction's report.
+
+        Raises:
+            RunError: an update is not finite and `nonfinite` is `abort`, or the ranks are out of sync.
+        """
+        step = self.state.progress.step
+        flush = flush or step % self.config.log_every == 0 or self.checkpoints.due(step)
+        for control in self.reducer.received(flush=flush):
+            self._handle(control)
+
+    def log(self) -> None:
+        """Writes the means since the last log."""
+        self.metrics.log(self.state.progress)
+
+    def evaluate(self) -> None:
+        """Tests every theta on its task's whole test split; rank 0 collects and logs the results."""
+        config, results = self.config, []
+        if self.placement.contributes:
+            for learner in self.state.learners:
+                source = open_task(config.data.root / learner.name, "test", config.data, self.state.phi.device)
+                batches = test_batches(source, config.batch_size, config.data)
+                results.append((learner.name, *learner.evaluate(batches)))
+        gathered: list[list] = [[] for _ in range(self.placement.world_size)]
+        dist.all_gather_object(gathered, results)
+        for result in (result for results in gathered for result in results):
+            self.metrics.log_test(self.state.progress, *result)
+
+    def check_phi(self) -> None:
+        """Verifies that phi is identical on all ranks, every `check_every` steps and before each checkpoint.
+
+        Raises:
+            RunError: a rank's phi differs.
+        """
+        step = self.state.progress.step
+        if step % self.config.check_every == 0 or self.checkpoints.due(step):
+            check_same_bits(self.state.phi, step)
+
+    def snapshot(self) -> None:
+        """Exports phi as it is now, for a meta-test along meta-training (the paper's Figure 7)."""
+        if self.placement.rank == 0:
+            step = self.state.progress.step
+            path = self.config.run_dir / SNAPSHOTS / f"phi_{step}.safetensors"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                export(self.config, self.state, path)
+            except OSError as error:
+                log_rank0(f"step {step}: snapshot skipped ({error}); training continues")
+
+    def save(self) -> None:
+        """Starts a checkpoint where one is due."""
+        if self.checkpoints.due(self.state.progress.step):
+            self.checkpoints.save(self.state, self.config)
+
+    def _every(self, period: int, hook: Hook) -> Hook:
+        """The hook at every multiple of `period` steps; 0 disables it."""
+        return lambda: hook() if period and self.state.progress.step % period == 0 else None
+
+    def _handle(self, control: Control) -> None:
+        self.metrics.add(control)
+        self.state.progress.stopping |= control.stop
+        names, limit = self.config.task_names, self.config.loss_limit
+        above = set((control.loss > limit).nonzero().flatten().tolist())
+        for task in sorted(above - self.diverging):
+            log_rank0(
+                f"step {control.step}: task {names[task]} diverges: loss {control.loss[task]:.3g} exceeds "
+                f"loss_limit={limit:g}; lower inner.lr or meta_lr"
+            )
+        self.diverging |= above
+        if control.nonfinite:
+            self._restart_nonfinite(control)
+
+    def _restart_nonfinite(self, control: Control) -> None:
+        names = ", ".join(self.config.task_names[task] for task in control.nonfinite)
+        fault = f"step {control.step}: the update of task {names} is not finite"
+        if self.config.nonfinite == "abort":
+            raise RunError(
+                f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, check that task's images, "
+                f"or set nonfinite=skip; the latest checkpoint is in {self.checkpoints.folder}"
+            )
+        log_rank0(f"{fault}; its learner restarts from phi")
+        for task, learner in zip(self.placement.local_tasks, self.state.learners, strict=True):
+            if task in control.nonfinite:
+                learner.restart(self.state.phi)
+                self.algorithm.begin(learner)
+
+
+def export(config: TrainConfig, state: TrainState, path: Path) -> None:
+    """Writes phi as it is now to `path`, with what a reader needs to know of the run.
+
+    Raises:
+        ValueError: phi is not finite.
+        OSError: the file cannot be written.
+    """
+    step, tasks = state.progress.step, len(config.tasks)
+    details = {
+        "model": config.model.name,
+        "width": config.model.width,
+        "algorithm": config.algorithm,
+        "step": step,
+        "tasks": tasks,
+        "cumulative_inner_steps": step * tasks,
+    }
+    export_phi(path, state.layout.views(state.phi), {key: str(value) for key, value in details.items()})

@@ -1,0 +1,174 @@
+"""Meta-test (paper, section 4.2): adapt each initialization to each target task with several seeds; report accuracy."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from tqdm import tqdm
+
+from dist_cts import models
+from dist_cts.atomic import replace_file
+from dist_cts.checkpoint.phi import load_phi, named_starts, phi_metadata, run_dir_of
+from dist_cts.config import Config
+from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
+from dist_cts.distributed.process_group import process_group, raise_on_all_ranks, select_device
+from dist_cts.flat import FlatParams, load_named
+from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
+from dist_cts.models import ModelConfig
+from dist_cts.run.exit_codes import DONE
+from dist_cts.run.report import write_report
+from dist_cts.seeds import hashed_seed
+
+
+class MetaTestConfig(Config):
+    """How initializations are adapted and compared; the defaults are those of the paper's section 4.2."""
+
+    targets: list[str] = Field(min_length=1, description="prepared tasks that meta-training has not seen")
+    random: bool = Field(True, description="also test random initialization")
+    seeds: int = Field(5, gt=0, description="runs of each initialization on each target")
+    steps: int = Field(1000, gt=0, description="inner steps of an adaptation")
+    batch_size: int = Field(128, gt=0, description="images per step")
+    schedule: Literal["multi-step", "cosine", "constant"] = Field(
+        "multi-step", description="multi-step: lr x 0.2 at 40, 70 and 90 % of the steps"
+    )
+    train_limit: int = Field(0, ge=0, description="class-balanced subset of N training images per target; 0: all")
+    eval_points: int = Field(5, gt=0, description="number of evaluations, evenly spaced, the last at the end")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
+    out: Path | None = Field(None, description="output folder; default: meta_test beside the first phi")
+    inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adaptation of an initialization to a target with a seed; independent of all others."""
+
+    target: str
+    start: str
+    phi: str | None  # what load_phi takes; None: random initialization
+    seed: int
+
+
+def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = (), name: str = "meta_test") -> int:
+    """Runs every job that is not done yet, on all ranks of torchrun or alone, and reports; returns the exit code.
+
+    Args:
+        phis: what `load_phi` takes for each initialization, by name, or a list of [NAME=]SOURCE as on the command line.
+        name: of the results' folder below runs/ where `config.out` is not set and no phi is a file.
+
+    Writes meta_test.json, .md and .png to `config.out`.
+
+    Raises:
+        ValueError, FileNotFoundError: a phi or a target is missing or does not fit the model.
+    """
+    phis = dict(phis) if isinstance(phis, Mapping) else named_starts(phis)
+    if config.out is None:
+        files = [path for path in map(Path, phis.values()) if path.is_file()]
+        config = config.model_copy(update={"out": run_dir_of(files[0]) / "meta_test" if files else Path("runs") / name})
+    device = select_device(config.device)
+    starts = ({"random": None} if config.random else {}) | phis
+    if not starts:
+        raise ValueError("nothing to test: give --phi, or random=true")
+    jobs = [
+        Job(target, start, phi, seed)
+        for target in config.targets
+        for start, phi in starts.items()
+        for seed in range(config.seeds)
+    ]
+    (config.out / "jobs").mkdir(parents=True, exist_ok=True)
+    with process_group(device, 3600):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        with raise_on_all_ranks():
+            for target in config.targets:
+                open_task(config.data.root / target, "test", config.data, device)
+            layout = FlatParams(*models.build(config.model, 1, "fits")).body_layout
+            for phi in phis.values():
+                load_named(layout, torch.zeros(layout.numel), load_phi(phi), phi)
+            mine = jobs[rank::world_size]
+            for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
+                accuracy = run_once(config, job, device)["curve"][-1]["accuracy"]
+                tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {100 * accuracy:.1f} %", file=sys.stderr)
+        dist.barrier()
+        if rank == 0:
+            origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
+            results = [run_once(config, job, device) for job in jobs]
+            write_report(config.out, config.model_dump(mode="json"), origins, results)
+        dist.barrier()
+    return DONE
+
+
+def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
+    """A job's result, from its file if the same job has run before."""
+    path = _result_path(config, job)
+    if path.exists():
+        return json.loads(path.read_text())
+    curve = adapt(config, job, device)
+    result = {"target": job.target, "start": job.start, "seed": job.seed, "curve": curve}
+    replace_file(path, json.dumps(result).encode())
+    return result
+
+
+def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[str, float]]:
+    """Adapts one initialization to one target; returns test loss and accuracy (0 .. 1) at `eval_points` steps.
+
+    Head and running statistics are fresh. Head, data order and subset follow from (seed, target): all initializations
+    of a seed see the same ones.
+    """
+    folder = config.data.root / job.target
+    train = open_task(folder, "train", config.data, device)
+    test = open_task(folder, "test", config.data, device)
+    key = hashed_seed(job.seed, "meta-test")
+    indices = balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
+    batches = TaskBatches(train, key, config.batch_size, config.data, indices=indices)
+    model, head = models.build(config.model, train.manifest.classes, key, job.target)
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    learner = TaskLearner(job.target, model.to(device), head, batches, config.inner, autocast=autocast)
+    if job.phi is not None:
+        load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), job.phi)
+    schedule = make_schedule(learner.optimizer, config.schedule, config.steps)
+    points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
+    curve = []
+    for step in range(1, config.steps + 1):
+        learner.inner_step()
+        schedule.step()
+        if step in points:
+            loss, accuracy = learner.evaluate(test_batches(test, config.batch_size, config.data))
+            curve.append({"step": step, "loss": loss, "accuracy": accuracy})
+    batches.close()
+    return curve
+
+
+def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarray:
+    """`size` sorted indices into labels [N], balanced over the classes, drawn from the seed.
+
+    Raises:
+        ValueError: fewer than `size` images.
+    """
+    if size > len(labels):
+        raise ValueError(f"train_limit={size}: the target has only {len(labels)} training images")
+    order = np.random.default_rng(hashed_seed(*seed, "subset")).permutation(len(labels))
+    ranks = np.empty(len(labels), dtype=np.int64)  # an image's place within its class, in the drawn order
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        ranks[members] = np.arange(len(members))
+    # First every class's first image, then every class's second, ...; the drawn order breaks ties.
+    return np.sort(order[np.argsort(ranks[order], kind="stable")[:size]])
+
+
+def _result_path(config: MetaTestConfig, job: Job) -> Path:
+    # Results are reused only for the same settings and a bit-identical phi.
+    settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device"})
+    file = Path(job.phi or "")
+    phi = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else job.phi
+    key = hashlib.sha256(json.dumps([settings, phi], sort_keys=True).encode()).hexdigest()[:12]
+    return config.out / "jobs" / f"{job.target}--{job.start}--{job.seed}--{key}.json"

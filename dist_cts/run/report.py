@@ -1,0 +1,113 @@
+"""The meta-test's report: JSON, a Markdown table like the paper's Table 1, and a bar plot."""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by initialization and target
+
+
+def write_report(
+    folder: Path, config: Mapping[str, Any], starts: Mapping[str, Mapping], results: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes meta_test.json, meta_test.md and meta_test.png into `folder` and prints the table.
+
+    Args:
+        config: the resolved configuration.
+        starts: the origin of each given initialization, by its name.
+        results: one per job: target, start, seed and curve.
+    """
+    targets, points = config["targets"], config["eval_points"]
+    summary = summarize(results, targets)
+    table = markdown(summary, targets)
+    if points > 1:
+        best_table = markdown(summary, targets, "best", "best_ci95")
+        table += f"\nThe best of {points} points of each curve, selected on the test images:\n\n{best_table}"
+    document = {"config": config, "starts": starts, "summary": summary, "results": results}
+    (folder / "meta_test.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "meta_test.md").write_text(table)
+    plot(summary, folder / "meta_test.png")
+    steps, seeds = config["steps"], config["seeds"]
+    print(f"Test accuracy in % after {steps} steps, mean ± 95 % interval over {seeds} seeds:\n\n{table}")
+    print(f"Results: {folder / 'meta_test.json'}, .md and .png")
+
+
+def summarize(results: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> Summary:
+    """Per initialization and target: last and best accuracy in %, their 95 % intervals, and the values per seed."""
+    summary: dict[str, dict[str, dict]] = {}
+    for start in dict.fromkeys(result["start"] for result in results):
+        summary[start] = {}
+        for target in targets:
+            curves = [r["curve"] for r in results if (r["start"], r["target"]) == (start, target)]
+            last = [100 * curve[-1]["accuracy"] for curve in curves]
+            best = [100 * max(point["accuracy"] for point in curve) for curve in curves]
+            (mean, half), (best_mean, best_half) = interval(last), interval(best)
+            summary[start][target] = {"accuracy": mean, "ci95": half, "best": best_mean, "best_ci95": best_half}
+            summary[start][target] |= {"seeds": last, "best_seeds": best}
+    return summary
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval (Student t); the half width of a single value is NaN."""
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
+    return float(np.mean(values)), float(half)
+
+
+def markdown(summary: Summary, targets: Sequence[str], value: str = "accuracy", interval: str = "ci95") -> str:
+    """A table like the paper's Table 1: a row per initialization, a column per target and the average, best in bold."""
+    means = {start: [row[target][value] for target in targets] for start, row in summary.items()}
+    best = [max(column) for column in zip(*means.values(), strict=True)]
+    average = {start: float(np.mean(values)) for start, values in means.items()}
+    lines = ["| start | " + " | ".join([*targets, "average"]) + " |", "|---" * (len(targets) + 2) + "|"]
+    for start, row in summary.items():
+        cells = []
+        for target, top in zip(targets, best, strict=True):
+            mean, half = row[target][value], row[target][interval]
+            text = f"{mean:.2f}" if np.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+            cells.append(f"**{text}**" if mean == top else text)
+        text = f"{average[start]:.2f}"
+        cells.append(f"**{text}**" if average[start] == max(average.values()) else text)
+        lines.append("| " + " | ".join([start, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Writes the bar plot of `draw_bars`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    targets = len(next(iter(summary.values())))
+    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * targets, 3.4), layout="constrained")
+    draw_bars(axes, summary)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def start_colours(starts: Iterable[str]) -> dict[str, str]:
+    """A colour per initialization, distinct for colour-blind readers (Okabe and Ito); random is grey."""
+    palette = itertools.cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"])
+    return {start: "#999999" if start == "random" else next(palette) for start in starts}
+
+
+def draw_bars(axes: Any, summary: Summary) -> None:
+    """One group of bars per target, one bar per initialization, with 95 % intervals."""
+    colours = start_colours(summary)
+    targets = list(next(iter(summary.values())))
+    width = 0.8 / len(summary)
+    for index, (start, row) in enumerate(summary.items()):
+        place = np.arange(len(targets)) + (index - (len(summary) - 1) / 2) * width
+        halves = np.nan_to_num([row[target]["ci95"] for target in targets])
+        heights = np.array([row[target]["accuracy"] for target in targets])
+        whiskers = np.minimum(halves, heights), np.minimum(halves, 100 - heights)  # within 0 to 100 %
+        axes.bar(place, heights, 0.9 * width, yerr=whiskers, capsize=3, label=start, color=colours[start])
+    axes.set_xticks(np.arange(len(targets)), targets)
+    axes.set_ylabel("test accuracy (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(alone, two_
         assert len(warnings) == 1
         assert str(torn) in warnings[0]
         assert "\n" not in warnings[0]
-        assert ("bytes instead of" in warnings[0]) == (damage in SIZES and name != MANIFEST)
+        assert ("bytes, its manifest says" in warnings[0]) == (damage in SIZES and name != MANIFEST)
         assert not torn.parent.exists()
         assert torn.parent.with_suffix(".damaged").exists()
         if name == files[0]:  # the run comes to step 4 again
@@ -307,7 +307,7 @@ def test_with_no_whole_checkpoint_the_run_does_not_silently_start_anew(alone, tw
     shutil.copytree(two_checkpoints[0], tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").glob("*/manifest.json"):
         path.unlink()
-    with pytest.raises(ValueError, match="none of 2 checkpoints is whole"):
+    with pytest.raises(ValueError, match="no valid checkpoint among 2"):
         load(start(0, 1, tmp_path))
     assert len(list((tmp_path / "checkpoints").glob("step-????????"))) == 2
 
@@ -411,8 +411,8 @@ def test_a_fault_of_one_rank_is_one_warning_and_leaves_the_last_good_checkpoint(
     assert outcomes == outcomes_1 == [True, False, True, False, False, 1]
     assert warnings_1 == []
     assert len(warnings) == 4
-    assert "step 2: rank 1: [Errno 28] No space left" in warnings[0]
-    assert warnings[0].endswith("training goes on, the last good one is of step 1")
+    assert "step 2: checkpoint failed: rank 1: [Errno 28] No space left" in warnings[0]
+    assert warnings[0].endswith("training continues, the latest valid one is at step 1")
     assert "step 3: no files of rank 1" in warnings[1]
     assert "step 4: an earlier one is still being written" in warnings[2]
     assert "step 5: rank 1: task-task%2F3.safetensors is not written: parameters is not finite" in warnings[3]
@@ -549,7 +549,7 @@ def test_minutes_are_those_of_rank_0_and_all_ranks_agree(run_ranks, tmp_path):
 
 def test_a_config_that_does_not_fit_is_refused_with_the_keys(alone, two_checkpoints):
     changed = RunConfig(seed=1, episodes=9, inner=InnerConfig(lr=0.1), checkpoint=CheckpointConfig(keep=5))
-    with pytest.raises(ValueError, match=r"does not fit .*: inner\.lr was 0\.05, is 0\.1; seed was 0, is 1$"):
+    with pytest.raises(ValueError, match=r"does not match .*: inner\.lr was 0\.05, is 0\.1; seed was 0, is 1$"):
         load(start(0, 1, two_checkpoints[0], changed))
 
 
@@ -565,8 +565,8 @@ def test_config_difference_names_new_and_lost_keys_and_passes_over_free_ones():
     assert config_difference(saved, saved) == []
     assert config_difference(saved, now, ["free", "a"]) == [
         "freedom was 1, is 2",
-        "section.c was None, is not there",
-        "section.d was not there, is None",
+        "section.c was None, is absent",
+        "section.d was absent, is None",
     ]
 
 
@@ -574,7 +574,7 @@ def test_a_model_of_another_shape_is_refused(alone, two_checkpoints):
     run = start(0, 1, two_checkpoints[0])
     model, head = models.build(TINY, 7, "head", 0)
     run.learners[0] = TaskLearner("task/0", model, head, MemoryBatches(0), run.config.inner)
-    with pytest.raises(ValueError, match=r"task-task%2F0\.safetensors is of a model with other tensors"):
+    with pytest.raises(ValueError, match=r"task-task%2F0\.safetensors belongs to a model with other tensors"):
         load(run)
 
 
@@ -585,7 +585,7 @@ def test_names_of_tasks_and_of_files_stay_in_the_folder(alone, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [PHI, task_file(run.learners[0].name)]
     assert load(run) == 1
     manifest = read_manifest(tmp_path / "checkpoints" / "step-00000001")
-    with pytest.raises(ValueError, match="not in its manifest"):
+    with pytest.raises(ValueError, match="not listed in its manifest"):
         read_state(tmp_path / "checkpoints" / "step-00000001" / MANIFEST, manifest)
 
 

@@ -37,7 +37,7 @@ def test_auto_takes_gpus_only_where_every_local_rank_has_one(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert select_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="8 ranks on this node but 1 GPUs"):
+    with pytest.raises(ValueError, match="8 ranks but 1 GPUs on this node"):
         select_device("cuda")
 
 

@@ -14,6 +14,7 @@ import torch
 from commands import ENVIRONMENT, assert_equal, own_lines, phi, records
 
 from dist_cts import models
+from dist_cts.checkpoint.phi import SEAL, WRITER
 from dist_cts.models import ModelConfig
 
 
@@ -48,7 +49,7 @@ def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_pa
     code, _, err = run("train.py", "--config", config, "eval_every=10", "snapshot_every=5", ranks=2)
     assert code == 0, err
     folder = tmp_path / "run"
-    assert "cts: 1 gradient evaluations a task for each update of phi" in err
+    assert "cts: 1 gradient evaluations per task and meta-update" in err
     assert own_lines(err)[-1] == f"done: 10 steps, phi is in {folder / 'phi.safetensors'}"
     assert {path.name for path in folder.iterdir()} >= {
         "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "phi.safetensors",
@@ -69,6 +70,7 @@ def test_torchrun_leaves_a_complete_run_folder_and_phi_loads(run, config, tmp_pa
     half, end = (safetensors.safe_open(folder / "snapshots" / f"phi_{step}.safetensors", "pt") for step in (5, 10))
     assert half.metadata() == {
         "model": "tiny", "width": "1.0", "algorithm": "cts", "step": "5", "tasks": "4", "cumulative_inner_steps": "20",
+        **WRITER, SEAL: half.metadata()[SEAL],
     }  # fmt: skip
     assert not torch.equal(half.get_tensor("conv1.weight"), end.get_tensor("conv1.weight"))
     assert torch.equal(phi(folder)["conv1.weight"], end.get_tensor("conv1.weight"))
@@ -96,12 +98,12 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
     process.signal(signal.SIGTERM)
     code, _, err = process.finish()
     assert code == 75, err
-    stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", err)[1])
+    stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", err)[1])
     episodes = stopped // 5 + 2
     keys[0] = f"episodes={episodes}"
     code, _, err = run("train.py", "--config", config, *keys)
     assert code == 0, err
-    assert f"going on from the checkpoint of step {stopped}" in err
+    assert f"resuming from checkpoint at step {stopped}" in err
     code, _, err = run("train.py", "--config", config, *keys, f"run_dir={tmp_path / 'whole'}", ranks=2)
     assert code == 0, err
     assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
@@ -121,8 +123,8 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
         (["init=ResNet18_Weights.BEST"], 2, "torchvision has no weights ResNet18_Weights.BEST; see"),
         (["model.name=vgg"], 2, "model.name='vgg': choose one of resnet20"),
         (["tasks=[a, nothere]"], 2, "nothere/train.beton: there is no such file"),
-        (["tasks=[{name: a, classes: 7}]"], 2, "task a: 7 classes configured, "),
-        (["tasks=[a, a]"], 2, "tasks: a name stands twice"),
+        (["tasks=[{name: a, classes: 7}]"], 2, "task a: the config says 7 classes, "),
+        (["tasks=[a, a]"], 2, "tasks: duplicate task name 'a' in a, a"),
         (["inner.lr=1e30"], 1, "the update of task a, b, c, d is not finite"),
     ],
 )
@@ -154,7 +156,7 @@ def test_fresh_starts_anew_and_keeps_what_was_there(run, start, config, tmp_path
     for seed in (0, 1, 2):
         code, _, err = start("train.py", "--config", config, "--fresh", f"seed={seed}", forked=2).finish()
         assert code == [0, 0], err
-        assert "going on" not in err
+        assert "resuming" not in err
         assert {path.name for path in tmp_path.glob("run*")} == {"run", *(f"run.{n + 1}" for n in range(seed))}
     kept = [phi(tmp_path / name) for name in ("run.1", "run.2", "run")]
     assert not any(torch.equal(kept[n]["conv1.weight"], kept[n - 1]["conv1.weight"]) for n in range(3))

@@ -30,7 +30,7 @@ def test_a_subset_is_balanced_seeded_and_without_repeats():
     assert counts.max() <= 15
     assert np.array_equal(subset, balanced_subset(labels, 100, "seed"))
     assert not np.array_equal(subset, balanced_subset(labels, 100, "other"))
-    with pytest.raises(ValueError, match="train_limit=351: the task has 350 training images"):
+    with pytest.raises(ValueError, match="train_limit=351: the target has only 350 training images"):
         balanced_subset(labels, 351, "seed")
 
 

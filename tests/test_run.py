@@ -100,5 +100,5 @@ def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(tra
 def test_a_loss_beyond_its_limit_is_reported_once_for_each_task(train, config, capfd):
     assert train(config.model_copy(update={"loss_limit": 0.01}))[0] == DONE
     lines = [line for line in capfd.readouterr().err.splitlines() if "diverges" in line]
-    assert [line.split(", its loss")[0] for line in lines] == [f"step 1: task {name} diverges" for name in "ab"]
-    assert all("(loss_limit=0.01): lower inner.lr or meta_lr" in line for line in lines)
+    assert [line.split(": loss")[0] for line in lines] == [f"step 1: task {name} diverges" for name in "ab"]
+    assert all("exceeds loss_limit=0.01; lower inner.lr or meta_lr" in line for line in lines)

@@ -1,6 +1,8 @@
 """phi as a file: what a run exports, and what a run or a meta-test starts from."""
 
 import hashlib
+import io
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,12 +56,12 @@ def load_phi(source: str | Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"{path}: expected a .safetensors file or a state dict (.pt, .pth)")
     try:
+        data = path.read_bytes()
         if path.suffix == ".safetensors":
-            data = path.read_bytes()
             tensors = safetensors.torch.load(data)
-            _check_seal(path, data)
+            _check_seal(data)
             return tensors
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: corrupt, or not a file of named tensors ({reason})") from None
@@ -134,10 +136,10 @@ def _downloaded(name: str) -> Path:
     return path
 
 
-def _check_seal(path: Path, data: bytes) -> None:
+def _check_seal(data: bytes) -> None:
     """Raises ValueError if a sealed file was changed; one without a seal comes from elsewhere and is taken as it is."""
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     if SEAL not in metadata and not WRITER.items() <= metadata.items():
         return
     checksum = metadata.get(SEAL, UNSEALED)

@@ -140,9 +140,7 @@ def check_layouts(layout: FlatLayout) -> None:
     for index in range(max(len(mine), len(theirs))):
         a, b = (side[index] if index < len(side) else "missing" for side in (mine, theirs))
         if a != b:
-            raise ValueError(
-                f"ranks 0 and {other} have different models: tensor {index} is {a} on rank 0, {b} on rank {other}"
-            )
+            raise ValueError(f"ranks 0 and {other} have different models: tensor {index} is {a} against {b}")
 
 
 def check_same_bits(vector: Tensor, step: int) -> None:

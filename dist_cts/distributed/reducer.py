@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from dist_cts.distributed.placement import Placement
 from dist_cts.errors import RunError
-
-if TYPE_CHECKING:
-    from dist_cts.learner import TaskLearner
+from dist_cts.learner import TaskLearner
 
 Reduction = Literal["mean", "ordered"]
 STEP_MODULUS = 4096  # a sum over 1,024 ranks of steps below it is exact in fp32
@@ -46,7 +44,7 @@ class MetaReducer:
     """
 
     def __init__(
-        self, phi: Tensor, learners: "list[TaskLearner]", placement: Placement, reduction: Reduction = "mean"
+        self, phi: Tensor, learners: list[TaskLearner], placement: Placement, reduction: Reduction = "mean"
     ) -> None:
         """`phi` [N] gives the length, device and dtype; `learners` are this rank's, in task order."""
         tasks, world_size = placement.tasks, placement.world_size
@@ -110,7 +108,7 @@ class MetaReducer:
         received, self._received = self._received, []
         return received
 
-    def _add(self, row: int, gradient: Tensor, learner: "TaskLearner") -> None:
+    def _add(self, row: int, gradient: Tensor, learner: TaskLearner) -> None:
         # The sum is finite unless an element is not; no value comes back to the host.
         finite = torch.isfinite(gradient.sum())
         learner.flag_nonfinite(~finite)

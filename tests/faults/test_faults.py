@@ -110,7 +110,7 @@ def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(train, fa
     )
     codes, err = train()
     assert codes == [0, 0], err
-    assert "going on from the checkpoint of step " in err
+    assert "resuming from checkpoint at step " in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
 
 
@@ -137,10 +137,10 @@ def test_a_rank_killed_while_the_thetas_are_tested_loses_nothing(train, fault, t
 def test_a_stop_of_one_rank_stops_all_at_the_same_step(train, fault, tmp_path, undisturbed):
     codes, err = train("checkpoint.every_steps=0", environment=fault("term", run=None))
     assert codes == [75, 75], err
-    assert re.search(r"stopped at step \d+, a checkpoint is written", err)
+    assert re.search(r"stopped at step \d+ with a checkpoint", err)
     codes, err = train("checkpoint.every_steps=0")
     assert codes == [0, 0]
-    assert "going on from" in err
+    assert "resuming from" in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
 
 
@@ -157,7 +157,7 @@ def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path
     (tmp_path / "once").unlink()
     codes, err = train("nonfinite=skip", f"run_dir={tmp_path / 'skip'}", environment=environment)
     assert codes == [0, 0], err
-    assert f"step {step}: the update of task b is not finite; that learner starts again from phi" in err
+    assert f"step {step}: the update of task b is not finite; its learner restarts from phi" in err
     assert all(tensor.isfinite().all() for tensor in phi(tmp_path / "skip").values())
 
 
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, undisturbed, damag
         DAMAGES[damage](torn)
         codes, err = train(*keys)
         assert codes == [0, 0]
-        assert f"a damaged checkpoint is passed over: {torn}" in err
+        assert f"skipping a damaged checkpoint: {torn}" in err
         assert_equal(phi(folder), undisturbed)
 
 
@@ -215,10 +215,10 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(train, fault,
     codes, err = train(f"run_dir={run}", environment=fault("fill", 0, argument=str(ballast), run=str(run)))
     assert codes == [1, 1], err  # phi cannot be written either
     assert re.search(
-        r"no checkpoint of step \d+: .*No space left.*training goes on, the last good one is of step \d+", err
+        r"step \d+: checkpoint failed: .*No space left.*training continues, the latest valid one is at step \d+", err
     )
     assert f"step {STEPS}/{STEPS} " in err
-    full_disk = f"{run} cannot be written (No space left on device); once it can, the same command goes on"
+    full_disk = f"cannot write to {run} (No space left on device); fix that, then run the same command to resume"
     assert [line.endswith(full_disk) for line in errors(err)] == [True], err
     codes, err = train(f"run_dir={run}")
     assert codes == [1, 1]
@@ -235,17 +235,17 @@ def test_a_read_only_run_folder_is_one_line(train, small_disk, tmp_path):
     codes, err = train(f"run_dir={disk / 'run'}")
     assert codes == [1, 1]
     assert len(errors(err)) == 1, err
-    assert f"{disk / 'run'} cannot be written (Read-only file system)" in err
+    assert f"cannot write to {disk / 'run'} (Read-only file system)" in err
 
 
 @full
 def test_the_clock_stops_a_run(train, tmp_path, undisturbed):
     codes, err = train("max_minutes=0.01", "episodes=100000", "log_every=1000")
     assert codes == [75, 75]
-    stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", err)[1])
+    stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", err)[1])
     codes, err = train(f"episodes={-(-stopped // 5) + 1}")
     assert codes == [0, 0]
-    assert f"going on from the checkpoint of step {stopped}" in err
+    assert f"resuming from checkpoint at step {stopped}" in err
     whole = ["--config", tmp_path / "small.yaml", f"run_dir={tmp_path / 'whole'}"]
     assert train(f"episodes={-(-stopped // 5) + 1}", f"run_dir={tmp_path / 'whole'}")[0] == [0, 0], whole
     assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
@@ -293,7 +293,7 @@ def test_torchrun_restarts_what_lost_a_rank_with_the_bits_of_an_undisturbed_run(
     assert code == 0, err
     assert len(errors(err)) == 1
     assert "error: rank 1 (task b), in step " in err
-    assert "going on from the checkpoint of step " in err
+    assert "resuming from checkpoint at step " in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
 
 
@@ -306,7 +306,7 @@ def test_two_nodes_restart_when_either_loses_a_rank(torchrun, fault, tmp_path, u
     err = "".join(err for *_, err in ends)
     assert [code for code, *_ in ends] == [0, 0], err
     assert f"error: rank {rank} (task {'ab'[rank]}), in step " in err
-    assert "going on from the checkpoint of step " in err
+    assert "resuming from checkpoint at step " in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
 
 
@@ -321,13 +321,13 @@ def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
     command = torchrun("checkpoint.every_steps=0", environment=fault("kill the agent", run=None))
     assert command.finish(LIMIT)[0] == -signal.SIGKILL
     deadline = time.monotonic() + 60
-    while "a checkpoint is written" not in command.err.read_text():
+    while "with a checkpoint" not in command.err.read_text():
         assert time.monotonic() < deadline, command.err.read_text()
         time.sleep(0.1)
     time.sleep(1)
     codes, err = train("checkpoint.every_steps=0")
     assert codes == [0, 0], err
-    assert "going on from the checkpoint of step " in err
+    assert "resuming from checkpoint at step " in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
 
 
@@ -352,12 +352,12 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_same_command_goes_on
         assert time.monotonic() < signalled + 30, command.err.read_text()
         time.sleep(0.05)
     assert code == [75, 75] if to == "rank 1" else code != 0
-    stopped = int(re.search(r"stopped at step (\d+), a checkpoint is written", command.err.read_text())[1])
+    stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", command.err.read_text())[1])
     time.sleep(1)
     keys[1] = f"episodes={stopped // 5 + 1}"
     codes, err = train(*keys)
     assert codes == [0, 0], err
-    assert f"going on from the checkpoint of step {stopped}" in err
+    assert f"resuming from checkpoint at step {stopped}" in err
     assert train(*keys, f"run_dir={tmp_path / 'whole'}")[0] == [0, 0]
     assert_equal(phi(tmp_path / "run"), phi(tmp_path / "whole"))
 
@@ -377,7 +377,7 @@ def test_ctrl_c_twice_ends_a_run_at_once(start, config, fault):
     codes, _, err = command.finish(LIMIT)
     assert time.monotonic() < signalled + 15
     assert codes[0] == 1
-    assert "error: interrupted at once; the same command goes on from the newest checkpoint" in err
+    assert "error: interrupted; run the same command to resume from the newest checkpoint" in err
 
 
 @full
@@ -385,8 +385,8 @@ def test_torchrun_does_not_restart_what_was_asked_to_stop(torchrun, train, fault
     command = torchrun(options=["--standalone", *RESTARTS], environment=fault("term"))
     code, _, err = command.finish(LIMIT)
     assert code != 0
-    assert len(re.findall(r"stopped at step \d+, a checkpoint is written", err)) == 1, err
-    assert "going on from" not in err
+    assert len(re.findall(r"stopped at step \d+ with a checkpoint", err)) == 1, err
+    assert "resuming from" not in err
     assert train()[0] == [0, 0]
     assert_equal(phi(tmp_path / "run"), undisturbed)
 
@@ -397,7 +397,7 @@ def test_a_fresh_run_that_is_restarted_goes_on(torchrun, train, fault, tmp_path,
     environment = fault("kill", step=20)
     code, _, err = torchrun("--fresh", options=["--standalone", *RESTARTS], environment=environment).finish(LIMIT)
     assert code == 0, err
-    assert "going on from the checkpoint of step " in err
+    assert "resuming from checkpoint at step " in err
     assert_equal(phi(tmp_path / "run"), undisturbed)
     assert {path.name for path in tmp_path.glob("run*")} == {"run", "run.1"}
 

@@ -11,11 +11,11 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from commands import ENVIRONMENT, assert_equal, own_lines, phi, records
 
 from dist_cts import models
 from dist_cts.checkpoint.phi import SEAL, WRITER
 from dist_cts.models import ModelConfig
+from tests.helpers.commands import ENVIRONMENT, assert_equal, own_lines, phi, records
 
 
 @pytest.fixture

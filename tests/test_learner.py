@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import MemoryBatches
 
 from dist_cts import models
 from dist_cts.algorithms import shifts
 from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner, classification, make_schedule
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
+from tests.helpers.batches import MemoryBatches
 
 
 def make(task=0, inner=None, **options):

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MemoryBatches
-from reference import meta_train as reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cts import models
@@ -22,6 +20,8 @@ from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.state import TrainState
+from tests.helpers.batches import MemoryBatches
+from tests.helpers.reference import meta_train as reference
 
 T, M, K, BETA = 4, 3, 6, 0.5
 TINY = ModelConfig(name="tiny")

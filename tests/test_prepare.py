@@ -8,7 +8,7 @@ from PIL import Image
 from dist_cts.data import beton
 from dist_cts.data.prepare import embedded
 from launch.prepare import main
-from tests.data.betons import read_back
+from tests.helpers.betons import read_back
 
 
 @pytest.fixture

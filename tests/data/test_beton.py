@@ -8,7 +8,7 @@ import pytest
 
 from dist_cts.data import beton
 from dist_cts.data.ffcv_library import import_ffcv
-from tests.data.betons import read_back
+from tests.helpers.betons import read_back
 
 NAMES = ["cat", "dog", "emu"]
 

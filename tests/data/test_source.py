@@ -8,7 +8,7 @@ import torch
 
 from dist_cts.data import beton, source
 from dist_cts.data.source import ResidentSource, StreamingSource
-from tests.data.betons import read_back
+from tests.helpers.betons import read_back
 
 CPU = torch.device("cpu")
 ROWS = [np.array(row) for row in ([3, 3, 0, 99], [7, 5, 1, 2], [4], [98, 97, 96, 4])]

@@ -15,8 +15,9 @@ import subprocess
 import time
 
 import pytest
-from commands import Command, assert_equal, phi
-from test_checkpoint import DAMAGES
+
+from tests.checkpoint.test_checkpoint import DAMAGES
+from tests.helpers.commands import Command, assert_equal, phi
 
 STEPS, SAVE = 30, 4
 LIMIT = 120  # seconds: what takes longer counts as a hang

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hostile import attempt, bounded, damaged, values
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_cts.data import beton
 from dist_cts.data.source import ResidentSource
+from tests.helpers.hostile import attempt, bounded, damaged, values
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from quadratic import ALPHA, make_learner, named, phi_of
 
 from dist_cts.algorithms import shifts
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.models import ModelConfig, build
 from dist_cts.progress import Progress
+from tests.helpers.quadratic import ALPHA, make_learner, named, phi_of
 
 A, C = torch.tensor([0.3, 1.0, 4.0]), torch.tensor([1.0, -2.0, 0.5])
 DELTA = torch.tensor([0.5, -0.25, 2.0])

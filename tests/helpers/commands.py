@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Faults come into a process through tests/faults/injected.py, where it finds FAULT in its environment.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hostile import attempt, bounded, content, damaged, idx_bytes, png, same
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_cts.data.prepare import readers
+from tests.helpers.hostile import attempt, bounded, content, damaged, idx_bytes, png, same
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ABC = partial(readers.idx, class_names="abc")

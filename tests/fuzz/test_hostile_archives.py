@@ -11,11 +11,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from hostile import attempt, bounded, content, damaged, idx_bytes, png
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_cts.data.prepare import archives, raw, readers, tables
+from tests.helpers.hostile import attempt, bounded, content, damaged, idx_bytes, png
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MemoryBatches
-from quadratic import ALPHA, make_learner, named, phi_of
 
 from dist_cts.algorithms import meta_gradients
 from dist_cts.algorithms.meta_gradients import IMAMLConfig, LeapConfig
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.models import ModelConfig, build
+from tests.helpers.batches import MemoryBatches
+from tests.helpers.quadratic import ALPHA, make_learner, named, phi_of
 
 A, C = torch.tensor([0.3, 1.0, 4.0, 0.0, 2.0]), torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
 START = torch.tensor([3.0, 3.0, -3.0, 1.0, 0.0])

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MemoryBatches
 
 from dist_cts import atomic, models
 from dist_cts.algorithms.table import ALGORITHMS
@@ -37,6 +36,7 @@ from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.run.config import TrainConfig
 from dist_cts.state import TrainState
+from tests.helpers.batches import MemoryBatches
 
 T, M, K, BETA = 4, 3, 5, 0.5
 STEPS = M * K

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hostile import attempt, bounded, damaged, values
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_cts import config
 from dist_cts.data.prepare import suites
 from dist_cts.run.config import TrainConfig
+from tests.helpers.hostile import attempt, bounded, damaged, values
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 CONFIG = b"""tasks: [a, {name: b, classes: 3}]

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import MemoryBatches
-from reference import meta_train as reference
 from torch import nn
 
 from dist_cts import models
@@ -20,6 +18,8 @@ from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.seeds import hashed_seed
 from dist_cts.state import TrainState
+from tests.helpers.batches import MemoryBatches
+from tests.helpers.reference import meta_train as reference
 
 T, M, K, SEED = 4, 2, 4, 3
 TINY = ModelConfig(name="tiny", width=0.5)

@@ -1,7 +1,8 @@
 """Configs: YAML files and `section.key=value` overrides, read into frozen, strict models.
 
 Each model stands beside the code that it configures and derives from `Config`. A YAML file holds only what
-differs from the defaults and may name a `base:` file that it extends.
+differs from the defaults and may name a `base:` file that it extends. A section that is given in part keeps the
+defaults of the field that holds it: `inner: {lr: 0.05}` of a meta-test keeps the meta-test's optimizer.
 """
 
 import difflib
@@ -9,18 +10,35 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Config(BaseModel):
     """A section of a config: immutable; an unknown key, and a number that is none, are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_the_sections_defaults(cls, values: Any) -> Any:
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return _overlay(defaults, values) if isinstance(values, Mapping) else values
+
+
+def _overlay(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, where each section that is given in part is completed from the section that is its default."""
+    return {key: _complete(defaults.get(key), value) for key, value in values.items()}
+
+
+def _complete(default: Any, value: Any) -> Any:
+    if not isinstance(default, Config) or not isinstance(value, Mapping):
+        return value
+    return dict(default) | _overlay(dict(default), value)
 
 
 C = TypeVar("C", bound=Config)
@@ -73,14 +91,18 @@ def save(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def describe(model: type[Config], prefix: str = "") -> Iterator[str]:
-    """A line for every key of a config, `key = default   description`: the body of `--help`."""
+def describe(model: type[Config], prefix: str = "", defaults: Config | None = None) -> Iterator[str]:
+    """One line per key of a config, `key = default   description`: the body of `--help`.
+
+    `defaults`: the section that holds where the key is not given; None: what the fields of `model` say.
+    """
     for name, field in model.model_fields.items():
+        required = defaults is None and field.is_required()
+        default = "(required)" if required else field.default if defaults is None else getattr(defaults, name)
         section = _submodel(field.annotation)
         if section is not None:
-            yield from describe(section, f"{prefix}{name}.")
+            yield from describe(section, f"{prefix}{name}.", default if isinstance(default, Config) else None)
         else:
-            default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
             yield f"  {f'{prefix}{name} = {default}':<44} {field.description or ''}".rstrip()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -14,8 +15,8 @@ from dist_cts.seeds import hashed_seed
 class ModelConfig(Config):
     """The body; every task adds a head of its own."""
 
-    name: str = Field("resnet20", description="resnet20, resnet18, resnet34 or tiny")
-    width: float = Field(1.0, gt=0, le=8, description="factor on resnet20's 16/32/64 channels and on tiny's 8/16")
+    name: str = Field("resnet20", description="resnet20, resnet8, resnet18, resnet34 or tiny")
+    width: float = Field(1.0, gt=0, le=8, description="factor on the channels: resnet20, resnet8 16/32/64; tiny 8/16")
 
 
 class BasicBlock(nn.Module):
@@ -37,17 +38,20 @@ class BasicBlock(nn.Module):
         return torch.relu(out + x)
 
 
-class ResNet20(nn.Module):
-    """ResNet20 for small images (He et al., 2016, section 4.2): 3 stages of 3 blocks, width x 16/32/64 channels."""
+class SmallResNet(nn.Module):
+    """A ResNet for small images (He et al., 2016, section 4.2): 3 stages of `depth` blocks, width x 16/32/64 channels.
 
-    def __init__(self, classes: int, width: float = 1.0) -> None:
+    Three blocks per stage are ResNet20, one is ResNet8.
+    """
+
+    def __init__(self, classes: int, width: float = 1.0, depth: int = 3) -> None:
         super().__init__()
         stages = [max(1, round(channels * width)) for channels in (16, 32, 64)]
         self.conv1 = nn.Conv2d(3, stages[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stages[0])
         blocks, channels_in = [], stages[0]
         for stage, channels in enumerate(stages):
-            for block in range(3):
+            for block in range(depth):
                 blocks.append(BasicBlock(channels_in, channels, 2 if stage and not block else 1))
                 channels_in = channels
         self.blocks = nn.Sequential(*blocks)
@@ -101,7 +105,8 @@ class Architecture:
 
 
 MODELS = {
-    "resnet20": Architecture(ResNet20),
+    "resnet20": Architecture(SmallResNet),
+    "resnet8": Architecture(partial(SmallResNet, depth=1)),
     "resnet18": Architecture(_torchvision("resnet18")),
     "resnet34": Architecture(_torchvision("resnet34")),
     "tiny": Architecture(Tiny),

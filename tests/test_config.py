@@ -5,14 +5,33 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dist_cts import config
 from dist_cts.algorithms.table import make_algorithm
+from dist_cts.learner import InnerConfig
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.meta_test import MetaTestConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CHOICES = ["sgd", "nesterov", "adam", "cosine", "cpu", "bf16", "ordered", "skip", "fomaml", "last", "dataset", "stream"]
+
+
+def flatten(values, prefix=""):
+    """The values under their dotted keys; an empty section stays one key."""
+    nested = {
+        k: flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v} for k, v in values.items()
+    }
+    return {key: value for part in nested.values() for key, value in part.items()}
+
+
+def nested(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 @pytest.fixture
@@ -48,6 +67,32 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
     loaded = config.load(TrainConfig, path, ["inner.lr=1e-3", "model.name=tiny", "inner.momentum=0"])
     assert (loaded.inner.lr, loaded.inner.momentum, loaded.episodes, loaded.inner_steps) == (1e-3, 0, 7, 1000)
     assert [(task.name, task.classes) for task in loaded.tasks] == [("a", None), ("b", 3)]
+
+
+@pytest.mark.parametrize("model", [TrainConfig, MetaTestConfig])
+@given(value=st.sampled_from([True, False, 1, 0.25, "a", ["a"], {}, *CHOICES]), data=st.data())
+def test_giving_one_key_leaves_all_others_at_their_defaults(model, value, data):
+    """Whatever value the key takes: the rest is what a config that gives nothing has, at every depth."""
+    required = {"tasks": ["t"]} if model is TrainConfig else {"targets": ["t"]}
+    empty = flatten(model.model_validate(required).model_dump())
+    key = data.draw(st.sampled_from(sorted(empty)))
+    try:
+        given_one = model.model_validate(required | nested(key, value))
+    except ValidationError:
+        return
+    others = flatten(given_one.model_dump())
+    assert {k: v for k, v in others.items() if k != key} == {k: v for k, v in empty.items() if k != key}
+
+
+def test_a_section_given_in_part_keeps_the_defaults_of_the_field_that_holds_it(write):
+    class Outer(config.Config):
+        middle: MetaTestConfig = MetaTestConfig(targets=["a"], inner=InnerConfig(optimizer="adam", lr=0.3), steps=7)
+
+    path = write("targets: [a]\ninner: {lr: 0.05}\n")
+    assert config.load(MetaTestConfig, path).inner == InnerConfig(optimizer="nesterov", lr=0.05)
+    assert config.load(MetaTestConfig, path, ["inner.momentum=0.5"]).inner.optimizer == "nesterov"
+    middle = config.load(Outer, write("middle: {inner: {momentum: 0.5}}\n")).middle
+    assert (middle.steps, middle.inner) == (7, InnerConfig(optimizer="adam", lr=0.3, momentum=0.5))
 
 
 def test_a_saved_config_loads_as_itself(write, tmp_path):
@@ -89,6 +134,16 @@ def test_a_mistake_is_one_line_that_names_it(write, text, overrides, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml does not exist"):
         config.load(TrainConfig, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("model", [TrainConfig, MetaTestConfig])
+def test_help_shows_what_holds(model):
+    required = {"tasks": ["t"]} if model is TrainConfig else {"targets": ["t"]}
+    empty = flatten(model.model_validate(required).model_dump())
+    shown = {line.split(" = ")[0].strip(): line.split(" = ", 1)[1] for line in config.describe(model)}
+    assert shown.keys() == empty.keys()
+    for key in empty.keys() - required.keys():
+        assert shown[key].startswith(str(empty[key])), key
 
 
 def test_help_lists_every_key():

@@ -88,10 +88,10 @@ def trains(cluster, job):
 def assert_went_on(cluster, job, state, undisturbed):
     """It was requeued once, and went on in the same folder at the step where it had stopped."""
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    stopped = re.findall(r"stopped at step (\d+), a checkpoint is written", cluster.log(job))
+    stopped = re.findall(r"stopped at step (\d+) with a checkpoint", cluster.log(job))
     assert len(stopped) == 1, cluster.log(job)
     assert 0 < int(stopped[0]) < STEPS
-    assert re.findall(r"going on from the checkpoint of step (\d+)", cluster.log(job)) == stopped
+    assert re.findall(r"resuming from checkpoint at step (\d+)", cluster.log(job)) == stopped
     assert not (cluster.work / "runs" / f"slurm-{job}" / "stopped").exists()
     assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
 
@@ -138,7 +138,7 @@ def test_of_an_array_the_stopped_job_alone_is_requeued_and_a_cancelled_one_is_no
     assert cluster.job(cancelled)["Restarts"] == "0"
     cluster.run("scancel", cancelled)
     assert cluster.finish(cancelled)["JobState"] == "CANCELLED"
-    assert "a checkpoint is written" in cluster.log(cancelled)
+    assert "with a checkpoint" in cluster.log(cancelled)
     assert cluster.finish(stopped)["JobState"] == "COMPLETED"
     for job, expected in ((cancelled, ("cts", 0.1, 1)), (stopped, ("reptile", 1, 2))):
         config = yaml.safe_load((cluster.work / "runs" / f"slurm-{job}" / "config.yaml").read_text())

@@ -91,7 +91,7 @@ def assert_went_on(cluster, job, state, undisturbed):
     stopped = re.findall(r"stopped at step (\d+) with a checkpoint", cluster.log(job))
     assert len(stopped) == 1, cluster.log(job)
     assert 0 < int(stopped[0]) < STEPS
-    assert re.findall(r"going on from the checkpoint of step (\d+)", cluster.log(job)) == stopped
+    assert re.findall(r"resuming from checkpoint at step (\d+)", cluster.log(job)) == stopped
     assert not (cluster.work / "runs" / f"slurm-{job}" / "stopped").exists()
     assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
 

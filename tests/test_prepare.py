@@ -148,6 +148,28 @@ def test_missing_raw_data_exit_with_2_and_say_where_to_get_them(tmp_path, capsys
     assert "torchvision.datasets.GTSRB" in error
 
 
+def test_raw_tasks_need_no_ffcv(tmp_path):
+    """A task of the demo is prepared and opened from device memory where ffcv cannot be imported."""
+    code = """
+import sys
+sys.modules["ffcv"] = sys.modules["numba"] = None
+import torch
+from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
+from launch.prepare import main
+folder = sys.argv[1]
+assert main(["embedded:icons", "--out", folder]) == 0
+assert main(["verify", folder]) == 0
+config = DataConfig(cache="device")
+train, test = (open_task(f"{folder}/icons", split, config, torch.device("cpu")) for split in ("train", "test"))
+images, labels = TaskBatches(train, 0, 16, config).next()
+assert images.shape == (16, 3, 32, 32)
+assert sum(len(labels) for _, labels in test_batches(test, 100, config)) == test.manifest.count
+"""
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert ", raw, " in result.stdout
+
+
 def test_the_script_runs(tmp_path):
     command = [sys.executable, "launch/prepare.py", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)

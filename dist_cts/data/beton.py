@@ -8,7 +8,6 @@ manifest. FFCV reads a torn or foreign file as garbage without a word, so nothin
 import hashlib
 import json
 import os
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +17,22 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from dist_cts.atomic import publish, remove_leftovers, replace_file, seal
 from dist_cts.config import Config
 from dist_cts.data.ffcv_library import import_ffcv
 
 AGAIN = "run launch/prepare.py again"
 BLOCK = 64  # images that a thread converts at a time
 
-# FFCV's layout, version 2: a header, one descriptor a field, one record a sample, then pages of image bytes.
+# FFCV's layout, version 2: a header, one descriptor per field, one record per sample, pages of image bytes, and a table
+# of where each image lies.
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
 )
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
 RECORDS = HEADER.itemsize + 2 * FIELD.itemsize  # where they start
 MODES = {"jpg": 0, "raw": 1}  # how IMAGE writes them
 
@@ -95,18 +97,14 @@ def write(
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"{path}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed
-        left.unlink(missing_ok=True)
-    beton, temporary = path.with_suffix(".beton"), path.with_suffix(f".{os.getpid()}.tmp")
+    remove_leftovers(path.parent, f"{path.name}.*.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         blocks = _in_threads(lambda block: _convert(images, block, pixels, on_error), len(labels), workers)
         total = _encode(temporary, blocks, labels, pixels, mode, progress)
         if not total.kept:
             raise ValueError(f"{path}: no image decodes; the first of them: {total.faults[0]}")
         mean, std = _mean_and_std(total, pixels)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = Manifest(
             name=path.parent.name,
             split=path.name,
@@ -121,17 +119,13 @@ def write(
             source=source,
             skipped=tuple(total.faults),
             bytes=temporary.stat().st_size,
-            sha256=checksum,
+            sha256=_checksum(temporary),
         )
-        _publish(temporary, beton)
-        values = manifest.model_dump(mode="json")
-        with open(temporary, "w") as file:
-            json.dump(values | {"seal": _seal(values)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, beton.with_suffix(".json"))
+        publish(temporary, path.with_suffix(".beton"))
     finally:
         temporary.unlink(missing_ok=True)
+    values = manifest.model_dump(mode="json")
+    replace_file(path.with_suffix(".json"), json.dumps(values | {"seal": seal(values)}, indent=1).encode())
     return manifest
 
 
@@ -145,7 +139,7 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path).with_suffix(".json")
     try:
         values = json.loads(path.read_bytes())
-        seal = values.pop("seal", None) if isinstance(values, dict) else None
+        written = values.pop("seal", None) if isinstance(values, dict) else None
         manifest = Manifest.model_validate(values)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such manifest; {AGAIN}") from None
@@ -155,7 +149,7 @@ def read_manifest(path: str | Path) -> Manifest:
         raise ValueError(f"{path}: not a manifest: {' '.join(where.split())}; {AGAIN}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a manifest: {error}; {AGAIN}") from None
-    if seal not in (None, _seal(values)):
+    if written not in (None, seal(values)):
         raise ValueError(f"{path}: it has changed since it was written; {AGAIN}")
     return manifest
 
@@ -212,16 +206,14 @@ def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool =
             and manifest.count * stored <= size,
             "images that lie outside the file",
         )
-        if checksum:
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            require(digest == manifest.sha256, "its checksum is not that of its manifest")
+    if checksum:
+        require(_checksum(beton) == manifest.sha256, "its checksum is not that of its manifest")
     return manifest
 
 
-def _seal(values: dict) -> str:
-    """A checksum of a manifest; one without it is taken as it is."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Block(NamedTuple):
@@ -272,34 +264,55 @@ def _in_threads(convert: Callable[[range], _Block], count: int, workers: int) ->
 def _encode(
     path: Path, blocks: Iterator[_Block], labels: np.ndarray, pixels: int, mode: str, progress: Callable[[int], object]
 ) -> _Block:
-    """Writes the .beton, unsynced, and returns the sum of the blocks, without their images.
+    """Writes and syncs the .beton; returns the sum of the blocks, without their images.
 
-    FFCV's writer waits for ever when one of its processes dies, so its parts are driven from this process instead.
+    The bytes are those of FFCV's own writer with one process, whose images never cross the end of a page.
     """
-    ffcv = import_ffcv()
-    fields = {"image": ffcv.fields.RGBImageField(write_mode=mode), "label": ffcv.fields.IntField()}
-    small = pixels * pixels * 3 <= 1 << 16  # an image must fit in a page, and what is left of a page is lost
-    writer = ffcv.DatasetWriter(str(path), fields, page_size=1 << (21 if small else 23), num_workers=1)
-    writer.num_samples = len(labels)
-    writer.prepare()
-    writer.metadata_sm.close()  # memory that FFCV's processes share; a killed run would leave it behind
-    writer.metadata_sm.unlink()
-    records = np.zeros(len(labels), writer.metadata_type)
-    writer.metadata_sm = types.SimpleNamespace(buf=records.view(np.uint8))
-    pages = ffcv.memory_allocator.MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
+    encode = _jpeg_encoder() if mode == "jpg" else np.ndarray.tobytes
+    page = 1 << (21 if pixels * pixels * 3 <= 1 << 16 else 23)  # the rest of a page that holds no further image is lost
+    records, table = np.zeros(len(labels), SAMPLE), np.zeros(len(labels), ALLOCATION)
+    end = _round_up(RECORDS + records.nbytes, page)
     kept, faults, grey, sums, squares = [], [], True, np.zeros(3, np.int64), np.zeros(3, np.int64)
-    with pages:
+    with open(path, "wb") as file:
+        file.seek(end)
         for block in blocks:
             for index, image in zip(block.kept, block.images, strict=True):
-                sample = (image, labels[index])
-                ffcv.writer.handle_sample(sample, len(kept), records.dtype.names, records, pages, fields)
+                data = encode(image)
+                if len(data) > page:
+                    raise ValueError(f"{path}: an image of {len(data):,} bytes exceeds the page size of {page:,} bytes")
+                if end % page + len(data) > page:
+                    end = file.seek(_round_up(end, page))
+                table[len(kept)] = (len(kept), end, len(data))
+                end += file.write(data)
                 kept.append(index)
             faults += block.faults
             grey, sums, squares = grey and block.grey, sums + block.sums, squares + block.squares
             progress(len(block.kept) + len(block.faults))
-    writer.header["num_samples"] = len(kept)  # records of skipped images stay unused behind the last one
-    writer.finalize(pages.allocations)
+        count, end = len(kept), _round_up(end, page)
+        image = records["image"][:count]  # records of skipped images stay zero behind the last one
+        image["mode"], image["width"], image["height"] = MODES[mode], pixels, pixels
+        image["pointer"], records["label"][:count] = table["pointer"][:count], labels[kept]
+        file.seek(end)
+        file.write(table[:count].tobytes())
+        file.seek(0)
+        file.write(np.array((2, 2, page, count, end), HEADER).tobytes())
+        file.write(np.array([(2, b"image", b""), (1, b"label", b"")], FIELD).tobytes())
+        file.write(records.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
     return _Block(kept, np.empty(0), faults, grey, sums, squares)
+
+
+def _round_up(size: int, page: int) -> int:
+    return -(-size // page) * page
+
+
+def _jpeg_encoder() -> Callable[[np.ndarray], bytes]:
+    """uint8 [P, P, 3] to JPEG of quality 90, FFCV's default, by FFCV's own function."""
+    import_ffcv()
+    from ffcv.fields.rgb_image import encode_jpeg
+
+    return lambda image: encode_jpeg(image, 90).tobytes()
 
 
 def _mean_and_std(total: _Block, pixels: int) -> tuple[list[float], list[float]]:
@@ -308,13 +321,3 @@ def _mean_and_std(total: _Block, pixels: int) -> tuple[list[float], list[float]]
     mean = total.sums / count
     variance = np.maximum(total.squares / count - mean**2, 1.0)
     return (mean / 255).tolist(), (np.sqrt(variance) / 255).tolist()
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Renames in one step, and makes the rename itself durable. The file is synced already."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -36,15 +36,37 @@ class Broken:
         return self.images[index]
 
 
-def test_ffcv_itself_reads_the_same_pixels_and_labels(tmp_path):
-    images, labels, manifest = make(tmp_path / "noise", count=150, workers=2)
+def ffcv_write(path, images, labels, mode, page):
+    """The file that FFCV's own writer makes."""
+    ffcv = import_ffcv()
+    fields = {"image": ffcv.fields.RGBImageField(write_mode=mode), "label": ffcv.fields.IntField()}
+    writer = ffcv.DatasetWriter(str(path), fields, page_size=page, num_workers=1)
+    writer.from_indexed_dataset(list(zip(images, labels, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "count", "pixels", "page"),
+    [
+        ("raw", 3, 5, 1 << 21),
+        ("raw", 120, 84, 1 << 21),  # 99 images per page
+        ("raw", 9, 1024, 1 << 23),
+        ("jpg", 9, 1024, 1 << 23),  # pages of noise that end after different numbers of images
+    ],
+)
+def test_the_bytes_are_those_of_ffcvs_writer(tmp_path, mode, count, pixels, page):
+    images, labels, manifest = make(tmp_path / "ours", count=count, pixels=pixels, mode=mode)
+    ffcv_write(tmp_path / "theirs.beton", images, labels, mode, page)
+    ours, theirs = (tmp_path / "ours/train.beton").read_bytes(), (tmp_path / "theirs.beton").read_bytes()
+    assert ours == theirs
+    assert len(ours) == manifest.bytes
+
+
+def test_ffcvs_loader_reads_the_same_pixels_and_labels(tmp_path):
+    images, labels, manifest = make(tmp_path / "noise", count=150, pixels=84, workers=2)
     ffcv = import_ffcv()
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 
-    reader = ffcv.reader.Reader(str(tmp_path / "noise/train.beton"))
-    assert reader.header.dtype == ffcv.types.HeaderType
-    assert reader.metadata.dtype.itemsize == beton.SAMPLE.itemsize
     loader = ffcv.Loader(
         str(tmp_path / "noise/train.beton"),
         batch_size=150,
@@ -56,6 +78,12 @@ def test_ffcv_itself_reads_the_same_pixels_and_labels(tmp_path):
     np.testing.assert_array_equal(decoded, images)
     np.testing.assert_array_equal(read[:, 0], labels)
     assert beton.verify(tmp_path / "noise/train.beton") == manifest
+
+
+def test_an_image_larger_than_a_page_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"an image of 12,000,000 bytes exceeds the page size of 8,388,608 bytes"):
+        make(tmp_path / "noise", count=1, pixels=2000)
+    assert not list((tmp_path / "noise").iterdir())
 
 
 def test_jpg_mode_stores_jpeg(tmp_path):
@@ -123,7 +151,6 @@ def test_skipped_images_are_left_out_and_named(tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
-    import_ffcv()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -281,7 +308,24 @@ assert numba.typed.Dict is not dict
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch):
+def test_several_threads_may_import_ffcv_at_once():
+    code = """
+import concurrent.futures, numba.typed, torch  # the threads differ in ffcv alone
+from dist_cts.data.ffcv_library import import_ffcv
+before = numba.typed.Dict
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: import_ffcv(), range(4)))
+assert numba.typed.Dict is before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_only_jpeg_needs_ffcv(tmp_path, monkeypatch, mode):
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(ImportError, match=r"apt-get install .*conda install .*pip install ffcv==1\.0\.2"):
-        import_ffcv()
+    if mode == "raw":
+        make(tmp_path, mode=mode)
+    else:
+        with pytest.raises(ImportError, match=r"apt-get install .*conda install .*pip install ffcv==1\.0\.2"):
+            make(tmp_path, mode=mode)
+        assert not list(tmp_path.iterdir())

@@ -9,7 +9,6 @@ from pydantic import Field, ValidationError
 
 from dist_cts.config import read_yaml
 from dist_cts.data.beton import Manifest
-from dist_cts.data.ffcv_library import import_ffcv
 from dist_cts.data.prepare import catalog
 from dist_cts.data.prepare.archives import NotThere
 from dist_cts.data.prepare.catalog import Entry
@@ -122,7 +121,6 @@ def prepare_all(
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"two tasks would be written to {twice}; give them names")
-    import_ffcv()  # once, before the threads
     at_once = max(1, min(workers, len(tasks)))
 
     def one(task: Task, folder: Path) -> Outcome:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from dist_cts import atomic, models
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.checkpoint import manager as checkpoint
-from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, read_state, task_file
+from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, read_state, task_file, write_manifest
 from dist_cts.checkpoint.manager import (
     MAY_DIFFER,
     CheckpointConfig,
@@ -551,6 +551,18 @@ def test_a_config_that_does_not_fit_is_refused_with_the_keys(alone, two_checkpoi
     changed = RunConfig(seed=1, episodes=9, inner=InnerConfig(lr=0.1), checkpoint=CheckpointConfig(keep=5))
     with pytest.raises(ValueError, match=r"does not match .*: inner\.lr was 0\.05, is 0\.1; seed was 0, is 1$"):
         load(start(0, 1, two_checkpoints[0], changed))
+
+
+def test_a_checkpoint_without_a_key_that_came_later_resumes_with_its_default(alone, two_checkpoints, tmp_path):
+    """As after an update of the package."""
+    folder = shutil.copytree(two_checkpoints[0], tmp_path / "run")
+    newest = folder / "checkpoints" / "step-00000004"
+    manifest = read_manifest(newest)
+    values = {key: value for key, value in manifest.config.items() if key != "reduction"}
+    write_manifest(newest, manifest.model_copy(update={"config": values}))
+    assert load(start(0, 1, folder)) == 4
+    with pytest.raises(ValueError, match="reduction was ordered, is mean$"):
+        load(start(0, 1, folder, RunConfig(reduction="mean")))
 
 
 def test_what_may_differ_are_keys_of_a_training_run():

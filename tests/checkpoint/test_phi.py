@@ -8,6 +8,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 
@@ -161,3 +162,22 @@ def test_starts_get_their_names(tmp_path):
     (snapshots / "phi_x.safetensors").touch()
     with pytest.raises(ValueError, match=r"phi_x.safetensors: expected a name like phi_1000.safetensors"):
         named_starts([str(snapshots)])
+
+
+def test_a_flipped_bit_anywhere_in_an_exported_phi_is_refused(tmp_path):
+    path = tmp_path / "phi.safetensors"
+    export_phi(path, {"w": torch.arange(5.0), "b": torch.ones(2)}, {"step": "3"})
+    data = path.read_bytes()
+    for position in range(len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            with pytest.raises(ValueError, match="corrupt"):
+                load_phi(path)
+    path.write_bytes(data)
+    assert torch.equal(load_phi(path)["w"], torch.arange(5.0))
+
+
+def test_a_file_from_elsewhere_has_no_seal_and_is_loaded(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2)}, path, {"format": "pt"})
+    assert torch.equal(load_phi(path)["w"], torch.ones(2))

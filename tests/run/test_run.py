@@ -102,3 +102,12 @@ def test_a_loss_beyond_its_limit_is_reported_once_for_each_task(train, config, c
     lines = [line for line in capfd.readouterr().err.splitlines() if "diverges" in line]
     assert [line.split(": loss")[0] for line in lines] == [f"step 1: task {name} diverges" for name in "ab"]
     assert all("exceeds loss_limit=0.01; lower inner.lr or meta_lr" in line for line in lines)
+
+
+def test_temporary_files_of_a_killed_run_are_removed_at_the_next_start(train, config):
+    leftovers = [config.run_dir / "phi.safetensors.17.tmp", config.run_dir / "snapshots" / "phi_5.safetensors.17.tmp"]
+    leftovers[1].parent.mkdir(parents=True)
+    for path in leftovers:
+        path.write_bytes(b"half")
+    assert train(config)[0] == DONE
+    assert not any(path.exists() for path in leftovers)

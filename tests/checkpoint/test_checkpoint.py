@@ -561,7 +561,7 @@ def test_a_checkpoint_without_a_key_that_came_later_resumes_with_its_default(alo
     values = {key: value for key, value in manifest.config.items() if key != "reduction"}
     write_manifest(newest, manifest.model_copy(update={"config": values}))
     assert load(start(0, 1, folder)) == 4
-    with pytest.raises(ValueError, match="reduction was ordered, is mean$"):
+    with pytest.raises(ValueError, match=r"reduction was ordered, is mean$"):
         load(start(0, 1, folder, RunConfig(reduction="mean")))
 
 

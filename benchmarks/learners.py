@@ -1,10 +1,11 @@
-"""What the benchmarks train: tasks of noise, learners on them, the same step in plain PyTorch, and ranks to run on."""
+"""What the benchmarks train: tasks of noise, learners on them, the same step in plain PyTorch; and their ranks."""
 
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 
 from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS
-from dist_cts.data import beton
-from dist_cts.data.batches import DataConfig, TaskBatches, open_task
+from dist_cts.data.batches import DataConfig, TaskBatches
 from dist_cts.distributed.placement import Placement, place
 from dist_cts.distributed.process_group import process_group, select_device
 from dist_cts.distributed.reducer import MetaReducer
@@ -26,38 +26,49 @@ from dist_cts.progress import Progress
 from dist_cts.run.exit_codes import exit_process
 from dist_cts.state import TrainState
 
-INNER = InnerConfig()  # SGD as in the paper's section 4.2, for every competitor
-FOREVER = 10**9  # inner steps of an episode that no benchmark ends
+INNER = InnerConfig()  # SGD as in section 4.2 of the paper, for every competitor
+FOREVER = 10**9  # inner steps of an episode that no benchmark completes
 
 
-def noise_task(folder: Path, *, pixels: int, count: int = 1024, classes: int = 10) -> Path:
-    """A prepared task of random images; what a step costs does not depend on what they show."""
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (count, pixels, pixels, 3), dtype=np.uint8)
-    names = [str(label) for label in range(classes)]
-    beton.write(folder / "train", images, np.arange(count) % classes, names, pixels=pixels, source="noise")
-    return folder
+class Noise:
+    """A source of random images in device memory: the cost of a step does not depend on what they show."""
+
+    def __init__(self, device: torch.device, *, pixels: int, count: int = 1024, classes: int = 10) -> None:
+        """`images` is uint8 [count, pixels, pixels, 3], `labels` int64 [count]."""
+        images = np.random.default_rng(0).integers(0, 256, (count, pixels, pixels, 3), dtype=np.uint8)
+        self.manifest = SimpleNamespace(name="noise", count=count, classes=classes, pixels=pixels)
+        self.device, self.labels = device, np.arange(count) % classes
+        self.images = torch.from_numpy(images).to(device)
+
+    def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "Noise":
+        """Nothing to prepare."""
+        return self
+
+    def take(self, index: Tensor) -> Tensor:
+        """uint8 [b, P, P, 3]."""
+        return self.images.index_select(0, index)
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
-def make_batches(folder: Path, batch_size: int, device: torch.device) -> TaskBatches:
-    """Batches of a prepared task, its images in device memory."""
-    config = DataConfig(cache="device", verify=False)
-    return TaskBatches(open_task(folder, "train", config, device), 0, batch_size, config)
+def make_batches(noise: Noise, batch_size: int) -> TaskBatches:
+    """Augmented batches, as a run's learner gets them."""
+    return TaskBatches(noise, 0, batch_size, DataConfig())
 
 
-def make_learner(folder: Path, model: str, batch_size: int, device: torch.device) -> TaskLearner:
+def make_learner(noise: Noise, model: str, batch_size: int) -> TaskLearner:
     """A learner as a run builds it."""
-    batches = make_batches(folder, batch_size, device)
-    module, head = models.build(ModelConfig(name=model), batches.source.manifest.classes, 0)
-    return TaskLearner(folder.name, module.to(device), head, batches, INNER)
+    module, head = models.build(ModelConfig(name=model), noise.manifest.classes, 0)
+    return TaskLearner("noise", module.to(noise.device), head, make_batches(noise, batch_size), INNER)
 
 
 class PlainTask:
-    """The same model, data and SGD in plain PyTorch: parameters apart, no communication."""
+    """The same model, data and SGD in plain PyTorch: one tensor per parameter, no communication."""
 
-    def __init__(self, folder: Path, model: str, batch_size: int, device: torch.device) -> None:
-        self.batches = make_batches(folder, batch_size, device)
-        self.model = models.build(ModelConfig(name=model), self.batches.source.manifest.classes, 0)[0].to(device)
+    def __init__(self, noise: Noise, model: str, batch_size: int) -> None:
+        self.batches = make_batches(noise, batch_size)
+        self.model = models.build(ModelConfig(name=model), noise.manifest.classes, 0)[0].to(noise.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=INNER.lr, momentum=INNER.momentum, weight_decay=INNER.weight_decay, fused=True
         )
@@ -70,10 +81,10 @@ class PlainTask:
 
 
 class MetaTraining:
-    """Continual trajectory shifting by the real loop, a step at a time: this rank's learners among T tasks."""
+    """Continual trajectory shifting by the real loop, one step per call: this rank's learners among T tasks."""
 
     def __init__(self, learners: list[TaskLearner], tasks: int, placement: Placement | None = None) -> None:
-        """Takes phi from the first learner; every rank builds the same one. `tasks`: T, of all ranks, placed evenly."""
+        """phi is the first learner's theta, equal on every rank. `tasks`: T over all ranks."""
         self.learners, self.progress = learners, Progress(FOREVER)
         self.phi: Tensor = learners[0].theta.clone()
         placement = placement or place(tasks, dist.get_world_size(), dist.get_rank())
@@ -92,13 +103,13 @@ class MetaTraining:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the device; what was timed before has then been done."""
+    """Waits until the device has finished all work submitted so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def finish(device: torch.device, step: Callable[[], object], times: int = 1) -> None:
-    """Takes a step some times and waits until every rank has: the slowest one's time is the time."""
+    """Takes `times` steps and waits for all ranks: the slowest rank determines the time."""
     for _ in range(times):
         step()
     synchronise(device)
@@ -106,15 +117,15 @@ def finish(device: torch.device, step: Callable[[], object], times: int = 1) -> 
 
 
 def share_cores(world_size: int) -> None:
-    """Gives torch this process's share of the cores."""
+    """Limits torch to this process's share of the cores."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
 
 
 def on_ranks(world_size: int, device: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 returns of function(device, *args), run by `world_size` processes that share a process group.
+    """Runs function(device, *args) on `world_size` ranks of one process group and returns rank 0's result.
 
-    A single rank is this process. Under torchrun, the ranks that it started run it, and those above 0 get None. CPU
-    ranks share this machine's cores.
+    One rank runs in this process. Under torchrun the existing ranks run it, and ranks above 0 get None. CPU ranks share
+    this machine's cores.
     """
     if "RANK" in os.environ or world_size == 1:
         with process_group(picked := select_device(device), 120):
@@ -126,14 +137,14 @@ def on_ranks(world_size: int, device: str, function: Callable[..., Any], *args: 
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, port, device, Path(folder), function, args)
-        torch.multiprocessing.start_processes(_rank, arguments, nprocs=world_size, start_method="spawn")
+        torch.multiprocessing.start_processes(_rank, arguments, nprocs=world_size, start_method="forkserver")
         return torch.load(Path(folder) / "result.pt", weights_only=False)
 
 
 def _rank(
     rank: int, world_size: int, port: int, device: str, folder: Path, function: Callable[..., Any], args: tuple
 ) -> None:
-    """One process, with what torchrun would have told it."""
+    """One rank, with the environment that torchrun would set."""
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in here.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -11,14 +11,13 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-import learners
 import numpy as np
-import report
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import learners, report
 from dist_cts.data import augment, beton
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
 from dist_cts.data.ffcv_library import import_ffcv
@@ -179,8 +178,7 @@ def embedded_task(folder: Path, copies: int) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=1, help="ranks that load at the same time (default 1)")
     parser.add_argument("--data", type=Path, help="a prepared task's folder; default: embedded images of 32 px")
@@ -215,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
             results[stage] = measured
             rows += table_rows(stage, measured, args.batch_size, args.world_size)
     results["data"] = str(args.data or "embedded: icons")
-    report.publish("loader", results, rows, args.out, args.device, args.world_size)
+    report.publish("loader", results, rows, args, args.device, args.world_size)
 
 
 def table_rows(stage: str, measured: dict, batch_size: int, world_size: int) -> Iterator[dict]:

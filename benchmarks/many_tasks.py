@@ -1,13 +1,11 @@
 """T tasks on one device: dist_cts in one process against a plain loop over T modules; see --help."""
 
-import tempfile
 from functools import partial
-from pathlib import Path
 
-import learners
-import report
 import torch
 import torch.distributed as dist
+
+from benchmarks import learners, report
 
 EPILOG = """\
 A round is one step of every task, the same model, images, augmentation and batch size for both:
@@ -24,14 +22,13 @@ def measure(
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each round by number of tasks a rank and competitor; run on every rank."""
     results, ranks = {}, dist.get_world_size()
-    with tempfile.TemporaryDirectory() as folder:
-        task = learners.noise_task(Path(folder) / "noise", pixels=pixels)
-        for count in counts:
-            plain = [learners.PlainTask(task, model, batch_size, device) for _ in range(count)]
-            own = [learners.make_learner(task, model, batch_size, device) for _ in range(count)]
-            steps = {"eager": partial(one_by_one, plain), "ours": learners.MetaTraining(own, count * ranks).step}
-            competitors = {name: partial(learners.finish, device, step) for name, step in steps.items()}
-            results[str(count)] = report.alternate(competitors, rounds, warm_up=2)
+    noise = learners.Noise(device, pixels=pixels)
+    for count in counts:
+        plain = [learners.PlainTask(noise, model, batch_size) for _ in range(count)]
+        own = [learners.make_learner(noise, model, batch_size) for _ in range(count)]
+        steps = {"eager": partial(one_by_one, plain), "ours": learners.MetaTraining(own, count * ranks).step}
+        competitors = {name: partial(learners.finish, device, step) for name, step in steps.items()}
+        results[str(count)] = report.alternate(competitors, rounds, warm_up=2)
     return results
 
 
@@ -41,8 +38,7 @@ def one_by_one(tasks: list[learners.PlainTask]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=1, help="ranks, each with its T tasks (default 1)")
     parser.add_argument("--model", default="resnet20")
@@ -66,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(row | {"ours / eager": report.shown(report.ratio(rates["ours"], rates["eager"]))})
     settings = {"model": args.model, "batch_size": args.batch_size, "pixels": args.pixels}
     results = settings | {"seconds_per_round": results}
-    report.publish("many-tasks", results, rows, args.out, args.device, args.world_size)
+    report.publish("many-tasks", results, rows, args, args.device, args.world_size)
 
 
 if __name__ == "__main__":

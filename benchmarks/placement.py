@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import learners
-import report
 import torch
 import torch.distributed as dist
 
+from benchmarks import learners, report
 from dist_cts import models
 from dist_cts.data.prepare import suites
 from dist_cts.data.prepare.task import task_name
@@ -74,8 +73,7 @@ def placements(costs: list[float], world_size: int, batch_size: int) -> dict[str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=2, help="ranks to start, unless torchrun has (default 2)")
     parser.add_argument("--model", default="resnet20")
@@ -102,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             print(f"{ranks} ranks, {name}: {describe_assignment(where, list(TASKS), costs)}")
     settings = {"model": args.model, "batch_size": args.batch_size}
-    report.publish("placement", settings | results, rows, args.out, args.device, args.world_size)
+    report.publish("placement", settings | results, rows, args, args.device, args.world_size)
 
 
 if __name__ == "__main__":

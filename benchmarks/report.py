@@ -1,6 +1,6 @@
-"""What every benchmark shares: competitors in turns, a table, and a dated JSON that says what it was measured on.
+"""Shared by all benchmarks: timing in alternation, tables, and a dated JSON with the hardware it was measured on.
 
-A script adds its own options to `parser(__doc__)`, times with `alternate`, and ends with `publish`.
+A script adds its own options to `parser(__doc__, EPILOG)`, times with `alternate`, and ends with `publish`.
 """
 
 import argparse
@@ -20,19 +20,23 @@ from dist_cts.run.folder import environment
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has: --quick and --out."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under a minute: shows that it works, measures nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for DATE-NAME.json (default %(default)s)")
+def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark: --quick and --out."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="check in under a minute that the benchmark works")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for DATE-NAME.json (default {RESULTS}; with --quick nothing is written)"
+    )
     return parser
 
 
 def alternate(competitors: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds that each competitor takes in every round, after `warm_up` rounds that do not count.
+    """Seconds of each competitor in every round, after `warm_up` rounds that do not count.
 
-    All run once a round, every second round in reverse order: a machine that gets slower in the meantime slows all of
-    them alike. A competitor on a GPU synchronises itself before it returns.
+    All run once per round, in reverse order in every second round, so that a machine that slows down slows all of them
+    equally. A competitor on a GPU must synchronise before it returns.
     """
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(-warm_up, rounds):
@@ -45,12 +49,12 @@ def alternate(competitors: Mapping[str, Callable[[], object]], rounds: int, warm
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": len(values)}
 
 
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """`spread` of the ratios within each round: what disturbs a round disturbs both sides of its ratio."""
+    """`spread` of the ratios within each round: a disturbance affects both sides of its ratio."""
     return spread([mine / other for mine, other in zip(seconds, baseline, strict=True)])
 
 
@@ -73,24 +77,31 @@ def publish(
     name: str,
     results: Mapping[str, object],
     rows: Sequence[Mapping[str, object]],
-    out: Path,
+    args: argparse.Namespace,
     device: torch.device | str = "cpu",
     world_size: int = 1,
-) -> Path:
-    """Prints the table of `rows` and writes OUT/DATE-NAME.json: `results` behind date, command, commit and hardware."""
+) -> None:
+    """Prints the table of `rows` and writes DATE-NAME.json: date, command, commit and hardware, then `results`.
+
+    The file goes to the folder `--out`. Without it a full run writes to benchmarks/results and a quick one writes
+    nothing.
+    """
+    print(table(rows), flush=True)
+    out = args.out or (None if args.quick else RESULTS)
+    if out is None:
+        return
     record = environment(torch.device(device), world_size)
     del record["host"]
     record |= {
         "command": "python " + shlex.join(record["command"]),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average": round(os.getloadavg()[0], 2),  # above the threads used: something else was running
+        "load_average": round(os.getloadavg()[0], 2),  # more than the threads used: other processes were running
     }
     path = out / f"{record['date'][:10]}-{name}.json"
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | {"results": results}, indent=1, allow_nan=False) + "\n")
-    print(f"{table(rows)}\n{path}", flush=True)
-    return path
+    print(path, flush=True)
 
 
 def _figure(value: float, digits: int = 3) -> str:

@@ -3,17 +3,14 @@
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-import learners
-import report
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import learners, report
 from dist_cts import models
 from dist_cts.distributed.placement import data_group, place
 from dist_cts.distributed.sync_batch_norm import synchronise
@@ -42,9 +39,8 @@ BANDWIDTH = 370e9  # bytes a second
 def measured_step(device: torch.device, model: str, batch_size: int, pixels: int, rounds: int, ranks: int) -> dict:
     """Seconds of each step and of each all-reduce of its buffer, on every rank of this process group."""
     learners.share_cores(ranks)
-    with tempfile.TemporaryDirectory() as folder:
-        task = learners.noise_task(Path(folder) / "noise", pixels=pixels)
-        cts = learners.MetaTraining([learners.make_learner(task, model, batch_size, device)], dist.get_world_size())
+    noise = learners.Noise(device, pixels=pixels)
+    cts = learners.MetaTraining([learners.make_learner(noise, model, batch_size)], dist.get_world_size())
     zeros = torch.zeros_like(cts.reducer.buffer)
     competitors = {
         "step": lambda: learners.finish(device, cts.step),
@@ -77,10 +73,8 @@ def dry_run(tasks: int, world_size: int, model: str, steps: int = 3) -> dict[str
     placements = [place(tasks, world_size, rank) for rank in range(world_size)]
     assert {task for placement in placements for task in placement.local_tasks} == set(range(tasks))
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    device = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        task = learners.noise_task(Path(folder) / "noise", pixels=8, count=16)
-        own = [learners.make_learner(task, model, 4, device) for _ in placements[0].local_tasks]
+    noise = learners.Noise(torch.device("cpu"), pixels=8, count=16)
+    own = [learners.make_learner(noise, model, 4) for _ in placements[0].local_tasks]
     group = data_group(placements[0])
     for learner in own:
         learner.data_group, learner.model = group, synchronise(learner.model, group)
@@ -121,9 +115,8 @@ def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[
         yield row
 
 
-def main() -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+def main(arguments: list[str] | None = None) -> None:
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=2, help="the most ranks to start (default %(default)s)")
     parser.add_argument("--model", default="resnet20")
@@ -131,7 +124,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compute-ms", type=float, nargs="+", default=[1, 10, 100], help="of a step, for the model")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     layouts = [(tasks, ranks) for ranks in (64, 1024) for tasks in (ranks // 8, ranks, 4 * ranks)]
     if args.quick:
         args.model, args.batch_size, args.pixels, args.rounds, layouts = "tiny", 8, 16, 3, layouts[:2]
@@ -151,7 +144,7 @@ def main() -> None:
     print(report.table(rows), report.table(dry), sep="\n\n", end="\n\n")
     results = {"model": args.model, "batch_size": args.batch_size, "pixels": args.pixels, "measured": measured}
     results |= {"dry_run": dry, "MODEL, not measured": model}
-    report.publish("scaling", results, model, args.out, args.device, args.world_size)
+    report.publish("scaling", results, model, args, args.device, args.world_size)
 
 
 def body_size(name: str) -> int:

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import report
 import safetensors.torch
 import torch
 
+from benchmarks import report
+from benchmarks.runs import ROOT, command
 from dist_cts.run import folder as run_folder
 
 EPILOG = """\
@@ -25,7 +27,6 @@ A restart is the time from a kill to the first step logged after it.
 
   python benchmarks/soak.py --kills 100
 """
-ROOT = Path(__file__).resolve().parent.parent
 VICTIMS, KILLS_A_RUN, INNER_STEPS, HANG = ("rank 0", "rank 1", "torchrun"), 10, 10, 120.0  # HANG in seconds
 CONFIG = """\
 tasks: [shapes, colours]
@@ -81,8 +82,7 @@ class Run:
         return (self.folder / "log").read_text()
 
     def _start(self, episodes: int = 10**6) -> None:
-        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1000"]
-        self.agent = launch(self.folder, [*command, "launch/train.py"], episodes, "run")
+        self.agent = launch(self.folder, episodes, "run", ranks=2, options=("--max-restarts=1000",))
 
     def _free(self) -> bool:
         """Whether no rank holds the run's folder."""
@@ -103,13 +103,12 @@ class Run:
         time.sleep(0.02)
 
 
-def launch(folder: Path, command: list[str], episodes: int, run: str) -> subprocess.Popen:
-    """A training that logs to FOLDER/log."""
+def launch(folder: Path, episodes: int, run: str, **torchrun: Any) -> subprocess.Popen:
+    """A training that logs to FOLDER/log; `torchrun`: ranks and options of `runs.command`."""
     keys = ["--config", f"{folder.parent}/soak.yaml", f"run_dir={folder / run}", f"episodes={episodes}"]
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     with (folder / "log").open("a") as log:
-        arguments = [sys.executable, *(["-m"] if "/" not in command[0] else []), *command, *keys]
-        return subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log, env=threads)
+        return subprocess.Popen(command("train.py", *keys, **torchrun), cwd=ROOT, stdout=log, stderr=log, env=threads)
 
 
 def soak(folder: Path, rng: random.Random, kills: int) -> tuple[list[tuple[str, float | None]], bool]:
@@ -127,25 +126,24 @@ def soak(folder: Path, rng: random.Random, kills: int) -> tuple[list[tuple[str, 
             hits.append((victim, run.await_step()))
             time.sleep(rng.uniform(0, 1))
     episodes = run.finish()
-    if launch(folder, ["launch/train.py"], episodes, "undisturbed").wait():
+    if launch(folder, episodes, "undisturbed").wait():
         raise RuntimeError(run.log()[-5000:])
     phis = [safetensors.torch.load_file(folder / name / "phi.safetensors") for name in ("run", "undisturbed")]
     return hits, all(torch.equal(phis[0][name], phis[1][name]) for name in phis[0].keys() | phis[1].keys())
 
 
-def main() -> int:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+def main(arguments: list[str] | None = None) -> int:
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--kills", type=int, default=100, help="how many (default 100; 3 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of victims and times (default 0)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     kills = 3 if args.quick else args.kills
     hits, survived, rng = [], 0, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("shapes", "colours"):
-            prepare = ["launch/prepare.py", f"embedded:{name}", "--out", str(folder / "data")]
-            subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True, capture_output=True)
+            prepare = command("prepare.py", f"embedded:{name}", "--out", folder / "data")
+            subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
         (folder / "soak.yaml").write_text(CONFIG.format(inner_steps=INNER_STEPS, data=folder / "data"))
         while len(hits) < kills:
             new, equal = soak(folder / str(len(hits)), rng, min(KILLS_A_RUN, kills - len(hits)))
@@ -168,7 +166,7 @@ def main() -> int:
         "worst_restart_seconds": max(s or 0 for _, s in hits),
         "hits": hits,
     }
-    report.publish("soak", results, rows, args.out, world_size=2)
+    report.publish("soak", results, rows, args, world_size=2)
     return 0 if survived == kills else 1
 
 

@@ -7,9 +7,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import report
-from time_to_quality import ROOT, TASKS
-
+from benchmarks import report
+from benchmarks.runs import ROOT, command
+from benchmarks.time_to_quality import TASKS
 from dist_cts.data.prepare import catalog
 from dist_cts.data.prepare.task import Options, prepare
 
@@ -32,18 +32,17 @@ def import_torch(world_size: int) -> None:
 
 def one_step(world_size: int, data: Path, cache: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command += ["launch/train.py", "--config", "configs/demo.yaml", f"tasks=[{','.join(TASKS[:world_size])}]"]
-        command += [f"run_dir={folder}/run", f"data.root={data}", f"data.cache={cache}", *KEYS]
+        keys = [f"tasks=[{','.join(TASKS[:world_size])}]", f"run_dir={folder}/run", f"data.root={data}"]
+        arguments = ["--config", "configs/demo.yaml", *keys, f"data.cache={cache}", *KEYS]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        training = command("train.py", *arguments, ranks=world_size)
+        done = subprocess.run(training, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--world-size", type=int, default=8, help="ranks, 1 to 8 (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
         seconds = report.alternate(competitors, args.rounds, warm_up=0 if args.quick else 1)
     rows = [{"started": name, "s": report.shown(report.spread(values))} for name, values in seconds.items()]
-    report.publish("start-up", {"seconds": seconds}, rows, args.out, world_size=args.world_size)
+    report.publish("start-up", {"seconds": seconds}, rows, args, world_size=args.world_size)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """A CTS step against SGD without communication, DistributedDataParallel, and the released code's way; see --help."""
 
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-import learners
-import report
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import learners, report
 
 EPILOG = """\
 competitors, all on the same model, images, augmentation, batch size, fused SGD and threads, taking turns:
@@ -54,12 +52,13 @@ class Released(learners.PlainTask):
             p += self.phi[name] - before[name]
 
 
-def measure(device: torch.device, folder: Path, model: str, batch_size: int, seconds: float) -> dict:
+def measure(noise: learners.Noise, model: str, batch_size: int, seconds: float) -> dict:
     """Seconds a step of every competitor, a value a round, and of the parts of a CTS step; run on every rank."""
-    plain, ddp = (learners.PlainTask(folder, model, batch_size, device) for _ in range(2))
-    ddp.model = DistributedDataParallel(ddp.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    released = Released(folder, model, batch_size, device)
-    cts = learners.MetaTraining([learners.make_learner(folder, model, batch_size, device)], dist.get_world_size())
+    device = noise.device
+    plain, ddp = (learners.PlainTask(noise, model, batch_size) for _ in range(2))
+    ddp.model = DistributedDataParallel(ddp.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    released = Released(noise, model, batch_size)
+    cts = learners.MetaTraining([learners.make_learner(noise, model, batch_size)], dist.get_world_size())
     steps = {"cts": cts.step, "sgd": plain.step, "ddp": ddp.step, "released": released.step}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -139,22 +138,20 @@ def parts(cts: learners.MetaTraining, device: torch.device, steps: int = 10) -> 
 def measure_all(device: torch.device, cases: list[str], seconds: float) -> dict[str, dict]:
     """`measure` of every MODEL/BATCH/PIXELS."""
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
-            model, batch_size, pixels = case.split("/")
-            task = learners.noise_task(Path(folder) / case, pixels=int(pixels))
-            results[case] = measure(device, task, model, int(batch_size), seconds)
+    for case in cases:
+        model, batch_size, pixels = case.split("/")
+        noise = learners.Noise(device, pixels=int(pixels))
+        results[case] = measure(noise, model, int(batch_size), seconds)
     return results
 
 
-def main() -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+def main(arguments: list[str] | None = None) -> None:
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=2, help="ranks to start, unless torchrun has (default 2)")
     parser.add_argument("--cases", nargs="+", default=CASES, help=f"MODEL/BATCH/PIXELS (default {' '.join(CASES)})")
     parser.add_argument("--seconds", type=float, default=60, help="to spend on a case (default %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         args.cases, args.seconds = ["tiny/8/16"], 1
     results = learners.on_ranks(args.world_size, args.device, measure_all, args.cases, args.seconds)
@@ -173,7 +170,7 @@ def main() -> None:
         split = {name: 1e3 * value for name, value in result["seconds_of_parts"].items()}
         parts_rows.append({"ms of a cts step": case, **split})
     print(report.table(parts_rows), end="\n\n")
-    report.publish("step-time", results, rows, args.out, args.device, args.world_size)
+    report.publish("step-time", results, rows, args, args.device, args.world_size)
 
 
 if __name__ == "__main__":

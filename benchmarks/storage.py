@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from report import alternate, parser, publish, ratio, shown, spread
 
+from benchmarks.report import alternate, parser, publish, ratio, shown, spread
 from dist_cts.data import beton
 from dist_cts.data.beton import Manifest
 from dist_cts.data.prepare import readers
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(case, Path(folder), args.workers, 1 if args.quick else args.rounds))
         print(f"{case.what}, {case.pixels} px, {len(case.raw):,} images: measured", flush=True)
-    publish("storage", {"cases": results}, [row(result, args.workers) for result in results], args.out)
+    publish("storage", {"cases": results}, [row(result, args.workers) for result in results], args)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import report
-
+from benchmarks import report
+from benchmarks.runs import ROOT, command, training_seconds
 from dist_cts.data.prepare import catalog
 from dist_cts.data.prepare.task import Options, prepare
 
@@ -20,7 +20,6 @@ start-up and meta-test. Inner steps are summed over the tasks.
 
   python benchmarks/time_to_quality.py --world-size 2 --levels 40 50
 """
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"cts": ["algorithm=cts", "meta_lr=0.1"], "reptile": ["algorithm=reptile", "meta_lr=1"]}  # each one's beta
 TASKS = ("digits", "letters", "symbols", "shapes", "textures", "colours", "counting", "orientation")
 TARGETS = ("georgian", "icons")
@@ -29,21 +28,10 @@ QUICK = ["model.name=tiny", "batch_size=8"]
 
 
 def launch(world_size: int, script: str, *arguments: object) -> None:
-    """Runs a command of launch/ on some ranks; what it prints goes to stderr."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}")
-    command = [sys.executable, *(torchrun if world_size > 1 else ()), ROOT / "launch" / script, *arguments]
-    subprocess.run(list(map(str, command)), stdout=sys.stderr, check=True)
-
-
-def training_seconds(run: Path) -> dict[int, float]:
-    """Seconds from the first step to each logged one, by step, from metrics.jsonl."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    rates = {record["step"]: record["steps_per_second"] for record in records if "steps_per_second" in record}
-    seconds, before, total = {}, 0, 0.0
-    for step, rate in rates.items():
-        total += (step - before) / rate
-        seconds[step], before = total, step
-    return seconds
+    """Runs a command of launch/ on `world_size` ranks; its output goes to stderr."""
+    subprocess.run(
+        command(script, *arguments, ranks=world_size if world_size > 1 else None), stdout=sys.stderr, check=True
+    )
 
 
 def curves(meta_test: Path, runs: dict[str, Path]) -> dict[str, dict[str, list[dict[str, float]]]]:
@@ -84,8 +72,7 @@ def table_rows(seeds: list[dict], levels: list[float]) -> Iterator[dict[str, obj
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = report.parser(__doc__)
-    parser.epilog = EPILOG
+    parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="meta-trainings of each method (default %(default)s)")
@@ -117,9 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
             launch(args.world_size, "meta_test.py", "--config", config, *phis, *testing, *shared)
             seeds.append(curves(out / "meta_test.json", runs))
     rows = list(table_rows(seeds, args.levels))
-    report.publish(
-        "time-to-quality", {"methods": METHODS, "seeds": seeds}, rows, args.out, args.device, args.world_size
-    )
+    report.publish("time-to-quality", {"methods": METHODS, "seeds": seeds}, rows, args, args.device, args.world_size)
 
 
 if __name__ == "__main__":

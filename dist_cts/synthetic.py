@@ -1,11 +1,11 @@
 """The paper's synthetic tasks (section 4.1): copies of one function of the plane, each moved and turned.
 
-Two ways to the same numbers: `meta_train_point` sends one start through the learners and the loop that train images,
-`meta_train_grid` does all starts of a grid at once. Points are float64; G starts, T tasks.
+`meta_train_point` sends one start through the learners and the loop that train images; `quality` judges all points of a
+grid at once. Points are float64; G starts, T tasks.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -128,7 +128,7 @@ def _constants(env: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def adapt(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Iterator[Tensor]:
     """theta [G, T, 2] after each of `steps` inner steps from `phi` [G, 2]; the same memory every time."""
-    trajectory = _Trajectories(env, phi, inner)
+    trajectory = Trajectories(env, phi, inner)
     for _ in range(steps):
         trajectory.step()
         yield trajectory.theta.detach()
@@ -140,48 +140,7 @@ def quality(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int
     return losses(env, theta).mean(1)
 
 
-@torch.no_grad()
-def meta_train_grid(
-    env: Environment,
-    starts: Tensor,
-    algorithm: str,
-    inner: InnerConfig,
-    *,
-    beta: float,
-    M: int,
-    K: int,
-    reset_optimizer: bool = False,
-) -> Tensor:
-    """phi [1 + updates, G, 2]: `starts` [G, 2] and where each of them is after every meta-update.
-
-    The loop of meta_train.py with a batch of points for theta; `algorithm` is one of METHODS.
-    """
-    assert algorithm in METHODS, algorithm
-    period = K if algorithm == "reptile" else 1
-    trajectory = _Trajectories(env, starts, inner)
-    phi, path = starts, [starts]
-    for _ in range(M):
-        if reset_optimizer:
-            trajectory.load_state({})
-        begin = trajectory.state()
-        trajectory.start(phi)
-        for k in range(1, K + 1):
-            trajectory.step()
-            if k % period == 0:
-                delta = beta * (trajectory.theta - phi[:, None]).mean(1)
-                phi = phi + delta
-                path.append(phi)
-                if algorithm == "cts":
-                    trajectory.theta.add_(delta[:, None])
-                elif algorithm == "accurate" and k < K:  # after the last step the reset would discard it
-                    trajectory.load_state(begin)
-                    trajectory.start(phi)
-                    for _ in range(k):
-                        trajectory.step()
-    return torch.stack(path)
-
-
-class _Trajectories:
+class Trajectories:
     """theta [G, T, 2] of all tasks from all starts under one inner optimizer, whose updates are elementwise."""
 
     def __init__(self, env: Environment, phi: Tensor, inner: InnerConfig) -> None:
@@ -193,21 +152,13 @@ class _Trajectories:
 
     @torch.no_grad()
     def step(self) -> None:
+        """One inner step of every theta."""
         self.theta.grad = gradients(self.env, self.theta)
         self.optimizer.step()
 
     def start(self, phi: Tensor) -> None:
+        """Sets every task's theta to `phi` [G, 2]; the optimizer keeps its state."""
         self.theta.copy_(phi[:, None].expand_as(self.theta))
-
-    def state(self) -> dict[str, Tensor]:
-        state = self.optimizer.state[self.theta]
-        return {key: value.clone() for key, value in state.items() if value is not None}
-
-    def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """What `state` gave; what is not in `saved` starts at zero."""
-        for key, value in self.optimizer.state[self.theta].items():
-            if value is not None:
-                value.copy_(saved.get(key, torch.zeros_like(value)))
 
 
 # ---------------------------------------------------------------- one start through the learners

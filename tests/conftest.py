@@ -6,13 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 pytest.register_assert_rewrite("tests.helpers")
+from tests.helpers.batches import write_task  # noqa: E402
 from tests.helpers.commands import Command  # noqa: E402
 
 torch.set_num_threads(1)
@@ -43,20 +43,6 @@ def run_ranks(tmp_path):
         return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world_size)]
 
     return run
-
-
-def write_task(folder, name, *, count=60, classes=3, pixels=8, seed=0):
-    """A prepared task of coloured noise: a class is a colour, so that it can be learned."""
-    from dist_cts.data import beton
-
-    generator = np.random.default_rng(seed)
-    train = None
-    for split in ("train", "test"):
-        labels = np.arange(count) % classes
-        images = generator.integers(0, 128, (count, pixels, pixels, 3), dtype=np.uint8)
-        images[np.arange(count), :, :, labels % 3] += 100
-        names = [str(label) for label in range(classes)]
-        train = beton.write(folder / name / split, images, labels, names, pixels=pixels, source="noise", train=train)
 
 
 @pytest.fixture(scope="session")

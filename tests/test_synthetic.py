@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.paper.synthetic_grid import meta_train_grid
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
@@ -22,7 +23,6 @@ from dist_cts.synthetic import (
     gradients,
     load_environment,
     losses,
-    meta_train_grid,
     meta_train_point,
     quality,
 )

@@ -16,10 +16,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS, save
 from scipy import stats
 from torch import Tensor, fx, nn
 
+from benchmarks.paper.figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS, save
 from dist_cts import models
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
 from dist_cts.data.prepare import catalog
@@ -242,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, help="default %(default)s; the paper has 128")
     add("--draws", type=int, default=10, help="default %(default)s")
     add("--float64", action="store_true", help="three times as long; float32 hides errors below about 1e-5")
-    add("--out", type=Path, default=RESULTS, help="folder for fig3.png, .pdf and .json (default %(default)s)")
+    add("--out", type=Path, default=RESULTS, help="folder for fig3.png and fig3.json (default %(default)s)")
     return parser
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from figures import BLUE, METHOD_LOOKS, ORANGE, RED, landscape, main, path, plane, save, square_grid
 from torch import Tensor
 
+from benchmarks.paper.figures import BLUE, METHOD_LOOKS, ORANGE, RED, landscape, main, path, plane, save, square_grid
+from benchmarks.paper.synthetic_grid import meta_train_grid
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.learner import InnerConfig
-from dist_cts.synthetic import ENVIRONMENTS, TEST, Environment, adapt, losses, meta_train_grid, quality
+from dist_cts.synthetic import ENVIRONMENTS, TEST, Environment, adapt, losses, quality
 
 ENV = ENVIRONMENTS["released"]
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # section 4.1

@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
@@ -26,18 +25,17 @@ import safetensors
 import torch
 import torch.distributed as dist
 import yaml
-from figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS, SKY, save
 from matplotlib.axes import Axes
 
+from benchmarks.paper.figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS, SKY, save
+from benchmarks.runs import ROOT, command, task_average_loss
 from dist_cts.config import load
 from dist_cts.errors import RunError
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import STOPPED
-from dist_cts.run.metrics import task_average_loss
 from dist_cts.run.report import interval
 from dist_cts.run.train import train
 
-ROOT = Path(__file__).resolve().parents[2]
 GREY, YELLOW, BLACK = "#999999", "#F0E442", "#000000"
 # Where the search for beta begins, at K = 10, 100 and 1000: Table 3, and its rows' neighbours for what it leaves out.
 TABLE_3 = {
@@ -118,11 +116,10 @@ class Study:
 
     def meta_test(self, config: Path, runs: Iterable[Run], overrides: Iterable[str]) -> dict[str, dict[str, dict]]:
         """The summary of meta_test.json for all the runs' phi and random initialization."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.workers}"]
-        command += ["launch/meta_test.py", "--config", str(config), *overrides, f"out={self.work / 'meta_test'}"]
+        arguments = ["--config", config, *overrides, f"out={self.work / 'meta_test'}"]
         for run in runs:
-            command += ["--phi", f"{run.name}={self.phi(run)}"]
-        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            arguments += ["--phi", f"{run.name}={self.phi(run)}"]
+        if subprocess.run(command("meta_test.py", *arguments, ranks=self.workers), cwd=ROOT, check=False).returncode:
             raise SystemExit("the meta-test failed; the same command goes on")
         return json.loads((self.work / "meta_test" / "meta_test.json").read_text())["summary"]
 

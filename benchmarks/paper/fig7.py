@@ -1,7 +1,10 @@
-"""Figure 7: meta-test accuracy along meta-training, from the snapshots of runs with `snapshot_every`.
+"""Figure 7: meta-test accuracy of several runs, as curves over meta-training or as one bar per run.
 
 python launch/meta_test.py --config CONFIG --phi cts=runs/cts/snapshots --phi reptile=runs/reptile/snapshots out=OUT
 python benchmarks/paper/fig7.py OUT/meta_test.json
+
+The snapshots of runs with `snapshot_every` give curves, one panel per target; a phi.safetensors per run gives bars.
+--runs adds a panel with the training loss of those run folders against cumulative inner steps.
 """
 
 import argparse
@@ -11,8 +14,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from fig6_fig8 import LOOKS
-from figures import RESULTS, save
+
+from benchmarks.paper.fig6_fig8 import LOOKS
+from benchmarks.paper.figures import RESULTS, save
+from benchmarks.runs import task_average_loss
+from dist_cts.run.report import draw_bars
 
 
 def curves(document: dict) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
@@ -26,17 +32,27 @@ def curves(document: dict) -> dict[str, dict[str, list[tuple[int, float, float]]
     return {target: {run: sorted(points) for run, points in runs.items()} for target, runs in found.items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("meta_test", type=Path, help="a meta_test.json whose starts are NAME@STEP")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default {RESULTS})")
-    args = parser.parse_args()
+    parser.add_argument("meta_test", type=Path, help="meta_test.json")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="run folders whose training loss is drawn")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of fig7.png and .json (default %(default)s)")
+    args = parser.parse_args(arguments)
     document = json.loads(args.meta_test.read_text())
     panels = curves(document)
-    if not panels:
-        raise SystemExit(f"{args.meta_test}: no start is a snapshot NAME@STEP")
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.6), squeeze=False, layout="constrained")
-    for ax, (target, runs) in zip(axes[0], panels.items(), strict=True):
+    losses = {run.name: task_average_loss(run) for run in args.runs}
+    count = bool(losses) + (len(panels) or 1)
+    fig, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.6), squeeze=False, layout="constrained")
+    axes = list(axes[0])
+    if losses:
+        ax = axes.pop(0)
+        for run, (steps, loss) in losses.items():
+            label, colour = LOOKS.get(run, (run, None))
+            ax.plot(steps, loss, label=label, color=colour)
+        ax.set_xlabel("cumulative inner steps, summed over the tasks")
+        ax.set_ylabel("task-average training loss")
+        ax.legend()
+    for ax, (target, runs) in zip(axes, panels.items(), strict=False):
         for run, points in runs.items():
             label, colour = LOOKS.get(run, (run, None))
             step, accuracy, half = np.array(points, dtype=float).T
@@ -44,9 +60,11 @@ def main() -> None:
         ax.set_xscale("log")
         ax.set_title(target)
         ax.set_xlabel("inner steps of each task in meta-training")
-    axes[0][0].set_ylabel("meta-test accuracy (%)")
-    axes[0][0].legend()
-    save(fig, args.out, "fig7", {"starts": document["starts"], "curves": panels})
+        ax.set_ylabel("meta-test accuracy (%)")
+        ax.legend()
+    if not panels:
+        draw_bars(axes[0], document["summary"])
+    save(fig, args.out, "fig7", {"starts": document["starts"], "losses": losses, "curves": panels})
 
 
 if __name__ == "__main__":

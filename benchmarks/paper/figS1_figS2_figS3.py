@@ -7,12 +7,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from fig4_fig5 import BETA, ENV, GOOD, INNER, STARTS, K, M
-from figures import BLUE, GREEN, ORANGE, RED, landscape, main, path, plane, save, square_grid
 from matplotlib.collections import LineCollection
 
+from benchmarks.paper.fig4_fig5 import BETA, ENV, GOOD, INNER, STARTS, K, M
+from benchmarks.paper.figures import BLUE, GREEN, ORANGE, RED, landscape, main, path, plane, save, square_grid
+from benchmarks.paper.synthetic_grid import meta_train_grid
 from dist_cts.learner import InnerConfig
-from dist_cts.synthetic import losses, meta_train_grid, meta_train_point, quality
+from dist_cts.synthetic import losses, meta_train_point, quality
 
 OPTIMIZERS = {
     "SGD": (InnerConfig(optimizer="sgd", lr=0.05, momentum=0, weight_decay=0), GREEN, (0, (4, 1.5))),

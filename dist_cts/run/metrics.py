@@ -119,17 +119,3 @@ class Metrics:
         self._steps, self._loss, self._accuracy = torch.zeros(3, tasks).unbind()
         self._wait = torch.zeros(self.world_size)
         self._since = time.perf_counter()
-
-
-def task_average_loss(run: Path) -> tuple[list[int], list[float]]:
-    """What Figure 6a of the paper draws: cumulative inner steps, summed over the tasks, and the mean loss over tasks.
-
-    Of every record in `run`/metrics.jsonl; where a run went back to a checkpoint, the later record counts.
-    """
-    losses: dict[int, dict[str, float]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "loss" in record:
-            losses.setdefault(record["cumulative_inner_steps"], {})[record["task"]] = record["loss"]
-    steps = sorted(losses)
-    return steps, [sum(losses[step].values()) / len(losses[step]) for step in steps]

@@ -1,15 +1,10 @@
 """The approximation error against its closed form, on losses 1/2 (theta - c)' H (theta - c)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "paper"))
-import fig3
-
+from benchmarks.paper import fig3
 from dist_cts import models
 
 N, ALPHA = 6, 0.05

@@ -1,14 +1,10 @@
 """The search for beta; the runs themselves are those of launch/train.py and launch/meta_test.py."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "paper"))
-
-import fig6_fig8
+from benchmarks.paper import fig6_fig8
 
 
 def test_beta_starts_at_the_papers_value_and_between_them_on_logarithmic_axes():

@@ -1,28 +1,17 @@
-"""The quick form, and how its rows follow from curves."""
+"""How the rows of the table follow from curves."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import time_to_quality
-
-
-def test_quick_form(tmp_path):
-    time_to_quality.main(["--quick", "--out", str(tmp_path)])
-    (seed,) = json.loads(next(tmp_path.glob("*-time-to-quality.json")).read_text())["results"]["seeds"]
-    for points in seed["georgian"].values():
-        assert [point["inner_steps"] for point in points] == [6, 12]
-        assert 0 < points[0]["seconds"] < points[1]["seconds"]
+from benchmarks import runs, time_to_quality
 
 
 def test_seconds_are_the_sum_of_the_logged_stretches(tmp_path):
     lines = [(10, {"steps_per_second": 5}), (10, {"test_loss": 1}), (40, {"steps_per_second": 10})]
     lines = [json.dumps({"step": step, "task": task, **more}) for step, more in lines for task in "ab"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert time_to_quality.training_seconds(tmp_path) == pytest.approx({10: 2, 40: 5})
+    assert runs.training_seconds(tmp_path) == pytest.approx({10: 2, 40: 5})
 
 
 def test_a_level_counts_where_it_is_first_reached():

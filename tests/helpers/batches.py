@@ -1,6 +1,9 @@
-"""Batches in memory, for tests that need no file."""
+"""Small tasks: batches in memory, and prepared tasks of coloured noise."""
 
+import numpy as np
 import torch
+
+from dist_cts.data import beton
 
 
 class MemoryBatches:
@@ -23,3 +26,15 @@ class MemoryBatches:
 
     def seek(self, step):
         self.step = step
+
+
+def write_task(folder, name, *, count=60, classes=3, pixels=8, seed=0):
+    """A prepared task of coloured noise: a class is a colour, so that it can be learned."""
+    generator = np.random.default_rng(seed)
+    train = None
+    for split in ("train", "test"):
+        labels = np.arange(count) % classes
+        images = generator.integers(0, 128, (count, pixels, pixels, 3), dtype=np.uint8)
+        images[np.arange(count), :, :, labels % 3] += 100
+        names = [str(label) for label in range(classes)]
+        train = beton.write(folder / name / split, images, labels, names, pixels=pixels, source="noise", train=train)

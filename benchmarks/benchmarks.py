@@ -1,0 +1,5 @@
+"""The package `benchmarks` for `python benchmarks/NAME.py`, where sys.path starts with this folder."""
+
+from pathlib import Path
+
+__path__ = [str(Path(__file__).resolve().parent)]

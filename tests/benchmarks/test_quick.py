@@ -1,0 +1,132 @@
+"""The quick form of every benchmark: that it works, and what its JSON holds."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import loader, report, step_time
+from tests.helpers.commands import ROOT
+
+
+def many_tasks(results):
+    assert set(results["seconds_per_round"]) == {"1", "4"}
+    for seconds in results["seconds_per_round"].values():
+        assert set(seconds) == {"eager", "ours"}
+        assert all(value > 0 for values in seconds.values() for value in values)
+
+
+def placement(results):
+    assert len(results["costs"]) == 8
+    assert results["costs"]["aircraft"] == results["costs"]["stanford-dogs"]  # both of 84 px
+    assert results["costs"]["fashion-mnist"] < results["costs"]["cub"]
+    assert set(results["seconds_per_step"]) == {"even", "auto"}
+    assert all(value > 0 for values in results["seconds_per_step"].values() for value in values)
+
+
+def scaling(results):
+    assert set(results["measured"]) == {"1", "2"}
+    assert all(value > 0 for seconds in results["measured"].values() for value in seconds["step"])
+    assert {row["GPUs"] for row in results["MODEL, not measured"]} >= {8, 64, 1024}
+
+
+def start_up(results):
+    assert set(results["seconds"]) == {"import torch", "device", "stream"}
+    assert all(value > 0 for (value,) in results["seconds"].values())
+
+
+def time_to_quality(results):
+    (seed,) = results["seeds"]
+    for points in seed["georgian"].values():
+        assert [point["inner_steps"] for point in points] == [6, 12]
+        assert 0 < points[0]["seconds"] < points[1]["seconds"]
+
+
+def loaders(results):
+    assert set(results["decoded"]) == set(loader.LOADERS)
+    for result in results["decoded"].values():
+        assert result["batches"] > 0
+        assert all(seconds > 0 for seconds in result["seconds"] + result["cpu_seconds"])
+
+
+def storage(results):
+    (case,) = results["cases"]
+    raw = case["bytes_an_image"]["raw"]
+    assert 0 < raw - 3 * case["pixels"] ** 2 < 100  # the pixels and a record, no share of a page
+    assert case["bytes_an_image"]["jpg"] < raw
+    assert 20 < case["jpg_psnr_db"] < 50
+    assert case["streamed"].keys() == case["written"].keys() == {"raw 1", "jpg 1"}
+    assert min(speed["median"] for speed in (*case["streamed"].values(), *case["resident"].values())) > 0
+
+
+def step_times(results):
+    (result,) = results.values()
+    assert set(result["seconds_per_step"]) == {"cts", "sgd", "ddp", "released"}
+    for name, seconds in result["seconds_per_step"].items():
+        assert len(seconds) == len(result["cpu_seconds_per_step"][name]) >= 3
+        assert all(value > 0 for value in seconds)
+    assert all(result["seconds_of_parts"][part] > 0 for part in ("forward, backward", "wait", "all-reduce", "shift"))
+
+
+BENCHMARKS = {
+    "many_tasks": (many_tasks, ()),
+    "placement": (placement, ()),
+    "scaling": (scaling, ()),
+    "loader": (loaders, ()),
+    "storage": (storage, ("--workers", "1")),
+    "start_up": (start_up, ()),
+    "time_to_quality": (time_to_quality, ()),
+}
+
+
+def results_in(folder, name):
+    """The results in the one file that a benchmark has written."""
+    (path,) = folder.iterdir()
+    record = json.loads(path.read_text())
+    assert path.name == f"{record['date'][:10]}-{name.replace('_', '-')}.json"
+    assert record["command"].startswith("python ")
+    assert {"commit", "device", "cores", "packages", "threads"} <= record.keys()
+    assert "host" not in record
+    return record["results"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_quick_form(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DIST_CTS_DATA", raising=False)
+    check, arguments = BENCHMARKS[name]
+    importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", str(tmp_path), *arguments])
+    torch.set_num_threads(1)  # as tests/conftest.py has it
+    check(results_in(tmp_path, name))
+    assert "\n|--" in capsys.readouterr().out
+
+
+def test_a_script_starts_its_own_ranks(tmp_path):
+    command = [sys.executable, step_time.__file__, "--quick", "--out", tmp_path]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=100)
+    step_times(results_in(tmp_path, "step_time"))
+
+
+def test_a_paper_script_finds_its_imports_from_any_folder(tmp_path):
+    script = ROOT / "benchmarks" / "paper" / "fig7.py"
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "meta_test.json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ((), ["results"]),
+        (("--quick",), []),
+        (("--out", "other"), ["other"]),
+        (("--quick", "--out", "other"), ["other"]),
+    ],
+)
+def test_results_are_written_by_a_full_run_or_to_out(arguments, written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    report.publish("x", {"value": 1}, [{"a": 1}], report.parser("x").parse_args(arguments))
+    assert [path.parent.name for path in tmp_path.glob("*/*-x.json")] == written

@@ -1,18 +1,18 @@
-# From a bare clone, `make demo` or `make test` is all: Python packages go into .venv, once.
-# PYTHON=/path/to/python chooses the interpreter; the default is the first of these that is 3.11 or 3.12.
+# In a fresh clone run `make demo` or `make test`: the Python packages are installed into .venv on first use.
+# PYTHON=/path/to/python chooses the interpreter; the default is the first of the names below that is 3.11 or 3.12.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: setup demo test slurm faults soak lint format clean help
+.PHONY: setup demo test slow slurm faults soak lint format clean help
 
 N ?= 100
 PYTHON ?= python3 python3.12 python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-setup: $(STAMP) ## make .venv and install everything into it
+setup: $(STAMP) ## create .venv and install all dependencies
 
 demo: $(STAMP) ## meta-train eight small tasks on eight ranks, then meta-test phi
 	$(BIN)/python launch/prepare.py --suite demo --out data/demo
@@ -22,16 +22,19 @@ demo: $(STAMP) ## meta-train eight small tasks on eight ranks, then meta-test ph
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
 
-slurm: $(STAMP) ## run the tests of launch/slurm on a Slurm that they start (root; apt-get install slurm-wlm munge)
+slow: $(STAMP) ## run the tests too slow for `make test`
+	$(BIN)/python -m pytest -m slow
+
+slurm: $(STAMP) ## run the tests of launch/slurm on a SLURM that they start (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-faults: $(STAMP) ## run the fault tests too long for `make test`: minutes
+faults: $(STAMP) ## run the fault-injection tests (minutes)
 	$(BIN)/python -m pytest -m faults tests/faults
 
-soak: $(STAMP) ## kill ranks and torchrun N times at random (N=100), compare phi with an undisturbed run's
+soak: $(STAMP) ## kill ranks and torchrun N times at random (N=100), compare phi with an uninterrupted run's
 	$(BIN)/python benchmarks/soak.py --kills $(N)
 
-lint: $(STAMP) ## check style and format, change nothing
+lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -46,8 +49,8 @@ clean: ## delete .venv and caches; data/ and runs/ stay
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile
 
-# FFCV comes as source: compiling it takes a C++ compiler, Python's headers and two libraries with headers.
-# The first word of a `need` line is the Debian package, the rest is the command that succeeds where it is present.
+# FFCV is installed from source, which needs a C++ compiler, Python's headers and two libraries with headers.
+# `need PACKAGE COMMAND`: the Debian package is missing if the command fails.
 $(STAMP): pyproject.toml
 	@for python in $(PYTHON) ''; do
 		"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' 2>/dev/null && break
@@ -66,18 +69,18 @@ $(STAMP): pyproject.toml
 		install="apt-get install -y --no-install-recommends$$missing"
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo -n)
 		if ! command -v apt-get >/dev/null || ! $$sudo true 2>/dev/null; then
-			echo "FFCV cannot be compiled: missing$$missing. Run one of these, then make again:"
+			echo "FFCV cannot be compiled: missing$$missing. Run one of these commands, then make again:"
 			echo "  Debian, Ubuntu:  sudo apt-get update && sudo $$install"
 			echo "  conda:           conda create -y -n dist_cts -c conda-forge python=3.12 cxx-compiler pkg-config" \
 				"'libopencv<5' libjpeg-turbo && conda activate dist_cts"
 			exit 1
 		fi >&2
-		$$sudo apt-get update -q || true # one broken source is no matter: the next line decides
+		$$sudo apt-get update -q || true # a broken package source is harmless: the next line decides
 		$$sudo env DEBIAN_FRONTEND=noninteractive $$install
 	fi
 
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv
-	echo "Installing into .venv: some minutes and about 6 GB, once."
+	echo "Installing into .venv: a few minutes, about 6 GB."
 	$(BIN)/python -m pip install --editable '.[dev]'
 	$(BIN)/python -c 'import ffcv, torchvision'
 	touch $@

@@ -12,6 +12,7 @@ from dist_cts.synthetic import ENVIRONMENTS
 ENV = ENVIRONMENTS["released"]
 
 
+@pytest.mark.slow
 def test_a_long_horizon_has_more_fixed_points():
     starts = figures.square_grid(8)
     short, long = (fig4_fig5.fixed_points(ENV, starts, k)[1] for k in (5, 100))
@@ -26,6 +27,7 @@ def test_starts_chosen_by_a_short_horizon_are_worse():
     assert best[24] > 5 * best[-1]
 
 
+@pytest.mark.slow
 def test_cts_beats_reptile_from_most_starts():
     numbers = fig4_fig5.statements(ENV, figures.square_grid(6), reset_optimizer=True)
     loss = numbers["mean_loss"]

@@ -80,6 +80,7 @@ BENCHMARKS = {
     "start_up": (start_up, ()),
     "time_to_quality": (time_to_quality, ()),
 }
+SLOW = ("start_up", "time_to_quality")  # they start the commands of launch/
 
 
 def results_in(folder, name):
@@ -93,16 +94,17 @@ def results_in(folder, name):
     return record["results"]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_quick_form(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS])
+def test_quick_form(name, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("DIST_CTS_DATA", raising=False)
     check, arguments = BENCHMARKS[name]
     importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", str(tmp_path), *arguments])
     torch.set_num_threads(1)  # as tests/conftest.py has it
     check(results_in(tmp_path, name))
-    assert "\n|--" in capsys.readouterr().out
+    assert "\n|--" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_script_starts_its_own_ranks(tmp_path):
     command = [sys.executable, step_time.__file__, "--quick", "--out", tmp_path]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=100)

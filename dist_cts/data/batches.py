@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_cts.config import Config
 from dist_cts.data import augment, beton
-from dist_cts.data.beton import Manifest
+from dist_cts.data.manifest import Manifest
 from dist_cts.data.plan import PlanChunk, SamplePlan, default_padding
 from dist_cts.data.source import Prefetcher, ResidentSource, Source, StreamingSource
 

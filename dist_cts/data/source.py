@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dist_cts.data import beton
-from dist_cts.data.beton import Manifest
 from dist_cts.data.ffcv_library import import_ffcv
+from dist_cts.data.manifest import Manifest
 from dist_cts.errors import RankError
 
 AHEAD = 3  # batches decoded in advance

@@ -173,7 +173,7 @@ def test_files_are_verified_before_use(root, tmp_path, cache):
     shutil.copytree(root / "28-raw", folder)
     content = bytearray((folder / "train.beton").read_bytes())
     (folder / "train.beton").write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"task/train\.beton: \d+ bytes, but its manifest says"):
+    with pytest.raises(ValueError, match=r"task/train\.beton: \d+ bytes, expected \d+ from its manifest"):
         open_task(folder, "train", config, CPU)
     content[-5000] ^= 1
     (folder / "train.beton").write_bytes(content)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.report import alternate, parser, publish, ratio, shown, spread
 from dist_cts.data import beton
-from dist_cts.data.beton import Manifest
+from dist_cts.data.manifest import Manifest
 from dist_cts.data.prepare import readers
 from dist_cts.data.prepare.raw import RawDataset, Resized
 from dist_cts.data.source import ResidentSource, StreamingSource

@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dist_cts.data import beton
-from dist_cts.data.beton import Manifest
+from dist_cts.data.manifest import Manifest
 from dist_cts.data.prepare import catalog, contact_sheet, suites
 from dist_cts.data.prepare.archives import NotThere
 from dist_cts.data.prepare.task import RAW_UP_TO, OptionError, Options, prepare, task_name

@@ -1,6 +1,6 @@
-"""Crop, flip and normalise on the device, as the plan says.
+"""Random crop, horizontal flip and normalisation on the device; the plan supplies the randomness.
 
-Only tensor operations of fixed shapes: nothing is read back from the device, and a CUDA graph may capture them.
+Only tensor operations of fixed shapes: no host synchronisation, and a CUDA graph can capture them.
 """
 
 import torch
@@ -18,13 +18,13 @@ def augment(
     std: Tensor,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Crops each image at its (top, left) out of itself padded with black, flips it if told, and normalises.
+    """Pads each image with black, crops it at (top, left), flips it where `flip` is set, and normalises it.
 
     Args:
         images: uint8 [B, H, W, 3].
         top, left: integers [B], 0 .. 2 * padding.
-        flip: bool [B], left to right.
-        padding: black pixels on each side.
+        flip: bool [B], horizontally.
+        padding: black pixels added on each side.
         mean, std: [3], in 0 .. 1, on the images' device.
 
     Returns:
@@ -37,7 +37,7 @@ def augment(
     column = torch.arange(width, device=images.device)
     y = top[:, None] + torch.arange(height, device=images.device)
     x = left[:, None] + torch.where(flip[:, None], width - 1 - column, column)
-    pixel = y[:, :, None] * padded.shape[3] + x[:, None, :]  # [B, H, W], the same for every channel
+    pixel = y[:, :, None] * padded.shape[3] + x[:, None, :]  # [B, H, W], shared by all channels
     cropped = padded.flatten(2).gather(2, pixel.flatten(1)[:, None].expand(-1, channels, -1))
     values = _to_float(cropped.view(batch, channels, height, width), mean, std)
     return values.contiguous(memory_format=memory_format)
@@ -49,6 +49,6 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _to_float(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    # Channel by channel while computing: on a CPU broadcasting over an innermost 3 takes six times as long.
+    # Channels first during the arithmetic: on a CPU, broadcasting over a last dimension of 3 takes six times as long.
     values = images.to(torch.float32, memory_format=torch.contiguous_format)
     return values.sub_((255 * mean)[:, None, None]).div_((255 * std)[:, None, None])

@@ -1,5 +1,8 @@
-"""Batches of a task, ready for the model: the plan's samples from a source, augmented on the device."""
+"""Batches of a task, ready for the model: the samples of its plan, read from a source and augmented on the device."""
 
+import functools
+import itertools
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,37 +15,44 @@ from torch import Tensor
 
 from dist_cts.config import Config
 from dist_cts.data import augment, beton
-from dist_cts.data.beton import Manifest
+from dist_cts.data.manifest import Manifest
 from dist_cts.data.plan import PlanChunk, SamplePlan, default_padding
 from dist_cts.data.source import Prefetcher, ResidentSource, Source, StreamingSource
 
-CHUNK_STEPS = 256  # steps whose plan is computed and moved to the device together
+CHUNK_STEPS = 256  # steps whose plan is computed and copied to the device at once
 
 
 class DataConfig(Config):
-    """Where the tasks are and how their images are held and augmented."""
+    """Where the prepared tasks are, and how their images are cached, verified and augmented."""
 
-    root: Path = Field(Path("data"), description="folder of the prepared tasks, a folder for each")
+    root: Path = Field(Path("data"), description="folder of the prepared tasks, one subfolder per task")
     cache: Literal["auto", "device", "stream"] = Field(
-        "auto", description="images in device memory, or streamed by FFCV; auto: by resident_limit_gib"
+        "auto",
+        description="device: all images in device memory; stream: loaded by FFCV during training; "
+        "auto: device for splits of at most resident_limit_gib, else stream",
     )
-    resident_limit_gib: float = Field(2.0, ge=0, description="with cache=auto, larger splits are streamed")
-    workers: int = Field(1, gt=0, description="FFCV threads a streamed task; raw images rarely need a second")
-    verify: bool = Field(True, description="compare every .beton with its checksum before use")
+    resident_limit_gib: float = Field(2.0, ge=0, description="GiB; with cache=auto, larger splits are streamed")
+    workers: int = Field(1, gt=0, description="FFCV threads per streamed task; one is usually enough for raw images")
+    verify: bool = Field(True, description="verify the checksum of every .beton file before use")
     normalise: Literal["half", "dataset"] = Field(
-        "half", description="half: mean and std 0.5; dataset: those of the train split"
+        "half", description="half: mean and std 0.5; dataset: mean and std of the train split"
     )
     padding: int | None = Field(
-        None, ge=0, le=1000, description="zeros around an image before its random crop; default 4, above 32 px 8"
+        None,
+        ge=0,
+        le=1000,
+        description="pixels of zero padding before the random crop; default: 4 up to 32 px, 8 above",
     )
-    flip: bool = Field(True, description="flip half of the images left to right")
+    flip: bool = Field(True, description="flip each image horizontally with probability 0.5")
 
 
 def open_task(folder: str | Path, split: str, config: DataConfig, device: torch.device) -> Source:
-    """The samples of FOLDER/SPLIT.beton, compared with their manifest first.
+    """Opens FOLDER/SPLIT.beton after verifying it against its manifest.
 
     Raises:
-        FileNotFoundError, ValueError: the file or its manifest is missing, torn, or does not fit the other.
+        FileNotFoundError: the file or its manifest is missing.
+        ValueError: one of them is damaged, or they do not match.
+        ImportError: ffcv is needed, for streaming or JPEG, and cannot be imported.
     """
     path = Path(folder) / f"{split}.beton"
     manifest = beton.verify(path, checksum=config.verify)
@@ -53,15 +63,15 @@ def open_task(folder: str | Path, split: str, config: DataConfig, device: torch.
 
 
 class TaskBatches:
-    """The endless batches of one task; `step` is the next one's number and all the state that there is.
+    """The endless stream of one task's training batches; `step`, the number of the next one, is the only state.
 
-    With D data ranks each gives its slice of every batch: rank r the samples r * B / D to (r + 1) * B / D - 1.
+    With D data ranks, rank r returns samples r * B / D to (r + 1) * B / D - 1 of every batch.
 
     Args:
         indices: int64, the samples to use; None for all.
 
     Raises:
-        ValueError: the batch does not divide by the data ranks.
+        ValueError: the batch size is not divisible by the number of data ranks.
     """
 
     def __init__(
@@ -79,7 +89,7 @@ class TaskBatches:
         manifest = source.manifest
         if batch_size % data_ranks:
             raise ValueError(
-                f"task {manifest.name}: a batch of {batch_size} does not divide by {data_ranks} data ranks"
+                f"task {manifest.name}: batch_size={batch_size} is not divisible by its {data_ranks} data ranks"
             )
         self.source, self.step, self.wait_seconds = source, 0, 0.0
         count = manifest.count if indices is None else len(indices)
@@ -87,43 +97,40 @@ class TaskBatches:
         self.plan = SamplePlan(seed, manifest.name, count, batch_size, padding, config.flip)
         self._indices = indices
         self._size = batch_size // data_ranks
-        self._mine = slice(data_rank * self._size, (data_rank + 1) * self._size)
+        self._slice = slice(data_rank * self._size, (data_rank + 1) * self._size)
         self._mean, self._std = _mean_and_std(manifest, config, source.device)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._prefetcher: Prefetcher | None = None
-        self._rows: Iterator[tuple[Tensor, ...]] = iter(())
+        self._remaining: Iterator[tuple[Tensor, ...]] = iter(())
+        self._chunk, self._lock = functools.lru_cache(maxsize=2)(self._expand), threading.Lock()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images, float32 [B / D, 3, P, P], and labels, int64 [B / D], of step `step`, which it advances.
+        """Images, float32 [B / D, 3, P, P], and labels, int64 [B / D], of step `step`; then advances `step`.
 
         Raises:
-            RankError: the source broke; the message names task, file and step.
+            RankError: the source failed; the message names task, file and step.
         """
         started = time.perf_counter()
         if self._prefetcher is None:
-            self._prefetcher = self.source.prefetch(self._index_rows(self.step), self._size, self.step)
-            self._rows = self._device_rows(self.step)
-        row = next(self._rows)
+            index_rows = itertools.chain.from_iterable(chunk.index for chunk in self._chunks(self.step))
+            self._prefetcher = self.source.prefetch(index_rows, self._size, self.step)
+            self._remaining = self._rows(self._chunks(self.step))
+        row = next(self._remaining)
         images = self._prefetcher.take(row[0])
         self.wait_seconds += time.perf_counter() - started
         self.step += 1
         return self._augment(images, *row)
 
-    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-        """What `next` gives or gave at any step, to the bit; neither changes what the other gives."""
-        chunk = self._chunk(step, 1)
-        return self._augment(self.source.read(chunk.index[0]), *next(self._to_device(chunk)))
-
     def seek(self, step: int) -> None:
-        """Makes `step` the next one."""
+        """Sets the step of the next batch; any batch can be replayed."""
         self.close()
         self.step = step
 
     def close(self) -> None:
-        """Ends the loader thread, if there is one; `next` would start it again."""
+        """Stops the loader thread, if there is one; `next` restarts it."""
         if self._prefetcher is not None:
             self._prefetcher.close()
-        self._prefetcher, self._rows = None, iter(())
+        self._prefetcher, self._remaining = None, iter(())
 
     def _augment(
         self, images: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, labels: Tensor
@@ -140,49 +147,51 @@ class TaskBatches:
         )
         return images, labels
 
-    def _chunk(self, start: int, steps: int) -> PlanChunk:
-        """This data rank's part of the plan, in the source's indices; [steps, B / D]."""
-        chunk = PlanChunk(*(array[:, self._mine] for array in self.plan.chunk(start, steps)))
+    def _chunks(self, start: int) -> Iterator[PlanChunk]:
+        """The plan from step `start` on, without end: this data rank's part, [steps, B / D], in the source's indices.
+
+        The prefetcher's thread and `next` both read it; each chunk is computed once.
+        """
+        while True:
+            number, offset = divmod(start, CHUNK_STEPS)
+            with self._lock:
+                chunk = self._chunk(number)
+            yield PlanChunk(*(array[offset:] for array in chunk))
+            start += CHUNK_STEPS - offset
+
+    def _expand(self, number: int) -> PlanChunk:
+        chunk = self.plan.chunk(number * CHUNK_STEPS, CHUNK_STEPS)
+        chunk = PlanChunk(*(array[:, self._slice] for array in chunk))
         return chunk if self._indices is None else chunk._replace(index=self._indices[chunk.index])
 
-    def _index_rows(self, start: int) -> Iterator[np.ndarray]:
-        """int64 [B / D] for every step from `start` on; the loader's thread reads this."""
-        while True:
-            yield from self._chunk(start, CHUNK_STEPS).index
-            start += CHUNK_STEPS
-
-    def _device_rows(self, start: int) -> Iterator[tuple[Tensor, ...]]:
-        while True:
-            yield from self._to_device(self._chunk(start, CHUNK_STEPS))
-            start += CHUNK_STEPS
-
-    def _to_device(self, chunk: PlanChunk) -> Iterator[tuple[Tensor, ...]]:
-        """index, top, left, flip and labels [B / D] of each step, moved together."""
-        arrays = (*chunk, self.source.labels[chunk.index])
-        tensors = [_move(torch.from_numpy(np.ascontiguousarray(array)), self.source.device) for array in arrays]
-        return zip(*tensors, strict=True)
+    def _rows(self, chunks: Iterator[PlanChunk]) -> Iterator[tuple[Tensor, ...]]:
+        """index, top, left, flip and labels of each step, [B / D], on the device; one copy per chunk."""
+        for chunk in chunks:
+            arrays = (*chunk, self.source.labels[chunk.index])
+            yield from zip(*(_move(np.ascontiguousarray(array), self.source.device) for array in arrays), strict=True)
 
 
 def test_batches(source: Source, batch_size: int, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order, as float32 [b, 3, P, P] with labels int64 [b]; the last batch may be smaller."""
+    """Every image once, in order: float32 [b, 3, P, P] and labels, int64 [b]; the last batch may be smaller."""
     mean, std = _mean_and_std(source.manifest, config, source.device)
     indices = np.split(np.arange(source.manifest.count), range(batch_size, source.manifest.count, batch_size))
-    prefetch = source.prefetch(iter(indices), batch_size)
+    prefetcher = source.prefetch(iter(indices), batch_size)
     try:
         for index in indices:
-            images = prefetch.take(_move(torch.from_numpy(index), source.device))
-            labels = _move(torch.from_numpy(source.labels[index]), source.device)
+            images = prefetcher.take(_move(index, source.device))
+            labels = _move(source.labels[index], source.device)
             yield augment.normalise(images, mean, std), labels
     finally:
-        prefetch.close()
+        prefetcher.close()
 
 
 def _mean_and_std(manifest: Manifest, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[3] each, in 0 .. 1; `half` is what the paper's code did."""
+    """Per channel, [3] each, in 0 .. 1; `half` follows the paper's released code."""
     mean, std = ([0.5] * 3, [0.5] * 3) if config.normalise == "half" else (manifest.mean, manifest.std)
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device, behind what it is doing: from pinned memory the host need not wait."""
+def _move(array: np.ndarray, device: torch.device) -> Tensor:
+    """To the device; from pinned memory the copy is queued and the host does not wait for it."""
+    tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,28 +1,25 @@
-"""A task on disk: a folder with train.beton, train.json, test.beton and test.json.
+"""Writes and verifies .beton files. A task on disk is a folder with train.beton, train.json, test.beton and test.json.
 
-The .beton holds every image as pixels x pixels RGB beside its label, in FFCV's format; the .json beside it is its
-manifest. FFCV reads a torn or foreign file as garbage without a word, so nothing is published before it is complete
-(temporary file, fsync, rename; the manifest last), and `verify` compares the two before anyone trusts them.
+A .beton file holds every image as pixels x pixels RGB with its label, in FFCV's format; the .json file is its manifest.
+FFCV decodes a truncated or foreign file to garbage without an error. Therefore files are published only when complete
+(temporary file, fsync, rename; the manifest last), and `verify` compares the two before they are used.
 """
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
 
-from dist_cts.atomic import publish, remove_leftovers, replace_file, seal
-from dist_cts.config import Config
+from dist_cts.atomic import publish, remove_leftovers
 from dist_cts.data.ffcv_library import import_ffcv
+from dist_cts.data.manifest import AGAIN, Manifest, read_manifest, write_manifest
 
-AGAIN = "run launch/prepare.py again"
-BLOCK = 64  # images that a thread converts at a time
+BLOCK = 64  # images per unit of a thread's work
 
 # FFCV's layout, version 2: a header, one descriptor per field, one record per sample, pages of image bytes, and a table
 # of where each image lies.
@@ -33,34 +30,8 @@ FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-RECORDS = HEADER.itemsize + 2 * FIELD.itemsize  # where they start
-MODES = {"jpg": 0, "raw": 1}  # how IMAGE writes them
-
-
-class Manifest(Config):
-    """What one .beton file holds. Both splits of a task carry the mean and std of its train split."""
-
-    name: str
-    split: str
-    count: int = Field(gt=0)
-    classes: int = Field(gt=0)
-    class_names: list[str]
-    pixels: int = Field(gt=0, le=4096)
-    channels: Literal[1, 3]  # 1: the source is grey, stored as three equal channels
-    mean: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]  # per channel
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)]
-    mode: Literal["raw", "jpg"]
-    source: str  # the data set and the options that it was prepared with
-    skipped: tuple[str, ...] = ()  # one line for every image left out because it does not decode
-    bytes: int = Field(gt=RECORDS)
-    sha256: str
-    format: Literal[1] = 1
-
-    @model_validator(mode="after")
-    def _names_match(self) -> "Manifest":
-        if len(self.class_names) != self.classes:
-            raise ValueError(f"{self.classes} classes but {len(self.class_names)} class names")
-        return self
+RECORDS = HEADER.itemsize + 2 * FIELD.itemsize  # offset of the first record
+MODES = {"jpg": 0, "raw": 1}  # their numbers in IMAGE
 
 
 def write(
@@ -80,22 +51,25 @@ def write(
     """Writes PATH.beton and PATH.json, where `path` is FOLDER/TASK/SPLIT. The same arguments give the same bytes.
 
     Args:
-        images: images[i] is uint8 [pixels, pixels] (grey) or [pixels, pixels, 3]. It may be slow, `workers` threads
-            ask for images, and it may raise a ValueError that names the file.
+        images: images[i] is uint8 [pixels, pixels] (greyscale) or [pixels, pixels, 3]. Read by `workers` threads; may
+            raise a ValueError that names the image file.
         labels: int64 [N], below len(class_names).
-        source: the data set and the options that made these images.
-        train: for a test split, the train split's manifest, whose mean, std and channels are taken over.
-        on_error: raise that ValueError, or leave the image out and record the line in `Manifest.skipped`.
-        progress: called with the number of images done since the last call.
+        source: the dataset and the options that produced these images.
+        train: for a test split, the manifest of the train split, whose mean, std and channels are copied.
+        mode: raw pixels, or JPEG of quality 90, which needs FFCV.
+        on_error: stop: raise that ValueError; skip: leave the image out and list the message in `Manifest.skipped`.
+        progress: called with the number of images processed since the last call.
 
     Raises:
-        ValueError: no images, a label without a class, an image of another shape or one that does not decode.
+        ValueError: no images, a label without a class, an image of another shape or one that cannot be decoded.
+        OSError: the file cannot be written.
+        ImportError: mode jpg without FFCV.
     """
     path, labels = Path(path), np.asarray(labels, dtype=np.int64)
     if len(images) != len(labels) or not len(labels):
-        raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels")
+        raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels; expected equal numbers, at least 1")
     if labels.min() < 0 or labels.max() >= len(class_names):
-        raise ValueError(f"{path}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
+        raise ValueError(f"{path}: labels {labels.min()}..{labels.max()}; expected 0..{len(class_names) - 1}")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f"{path.name}.*.tmp")
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -103,7 +77,7 @@ def write(
         blocks = _in_threads(lambda block: _convert(images, block, pixels, on_error), len(labels), workers)
         total = _encode(temporary, blocks, labels, pixels, mode, progress)
         if not total.kept:
-            raise ValueError(f"{path}: no image decodes; the first of them: {total.faults[0]}")
+            raise ValueError(f"{path}: none of the images can be decoded; the first error: {total.faults[0]}")
         mean, std = _mean_and_std(total, pixels)
         manifest = Manifest(
             name=path.parent.name,
@@ -124,48 +98,22 @@ def write(
         publish(temporary, path.with_suffix(".beton"))
     finally:
         temporary.unlink(missing_ok=True)
-    values = manifest.model_dump(mode="json")
-    replace_file(path.with_suffix(".json"), json.dumps(values | {"seal": seal(values)}, indent=1).encode())
-    return manifest
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of `path`, which names the .beton or the .json.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a complete manifest, or not as it was written.
-    """
-    path = Path(path).with_suffix(".json")
-    try:
-        values = json.loads(path.read_bytes())
-        written = values.pop("seal", None) if isinstance(values, dict) else None
-        manifest = Manifest.model_validate(values)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such manifest; {AGAIN}") from None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = " ".join([".".join(map(str, fault["loc"])), fault["msg"]])
-        raise ValueError(f"{path}: not a manifest: {' '.join(where.split())}; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a manifest: {error}; {AGAIN}") from None
-    if written not in (None, seal(values)):
-        raise ValueError(f"{path}: it has changed since it was written; {AGAIN}")
+    write_manifest(path.with_suffix(".json"), manifest)
     return manifest
 
 
 def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool = True) -> Manifest:
-    """Compares a .beton with its manifest (read from beside it if not given), which it returns.
+    """Compares a .beton file with its manifest (by default the one beside it) and returns the manifest.
 
-    Without `checksum` only the header and the sample records are read, so that any size takes milliseconds.
+    Without `checksum` only the header and the sample records are read, which takes milliseconds for any size.
 
     Raises:
-        FileNotFoundError: the .beton or its manifest is missing.
-        ValueError: the two do not fit; one line that names the file.
+        FileNotFoundError: the .beton file or its manifest does not exist.
+        ValueError: they do not match; one line that names the file.
     """
     beton = Path(beton)
     if not beton.is_file():
-        raise FileNotFoundError(f"{beton}: there is no such file; {AGAIN}")
+        raise FileNotFoundError(f"{beton}: file not found; {AGAIN}")
     manifest = manifest or read_manifest(beton)
 
     def require(fits: bool, fault: str) -> None:
@@ -173,41 +121,44 @@ def verify(beton: str | Path, manifest: Manifest | None = None, checksum: bool =
             raise ValueError(f"{beton}: {fault}; {AGAIN}")
 
     size = beton.stat().st_size
-    require(size == manifest.bytes, f"{size} bytes, but its manifest says {manifest.bytes}")
+    require(size == manifest.bytes and size > RECORDS, f"{size} bytes, expected {manifest.bytes} from its manifest")
     with open(beton, "rb") as file:
         header, fields = np.fromfile(file, HEADER, 1), np.fromfile(file, FIELD, 2)
         names = {name.decode("ascii", "replace") for name in fields["name"]}
         require(
             names == {"image", "label"} and header["version"][0] == 2 and header["fields"][0] == 2,
-            "its header is not that of FFCV's format 2 with an image and a label",
+            "not an FFCV file of version 2 with the fields image and label",
         )
         require(
             header["samples"][0] == manifest.count,
-            f"{header['samples'][0]} samples, but its manifest says {manifest.count}",
+            f"{header['samples'][0]} samples, expected {manifest.count} from its manifest",
         )
-        require(0 < header["table"][0] < size, "its allocation table is missing: it was not written to the end")
-        require(manifest.count * SAMPLE.itemsize < size, f"too short for {manifest.count} samples")
+        require(0 < header["table"][0] < size, "incomplete file: the allocation table at its end is missing")
+        require(manifest.count * SAMPLE.itemsize < size, f"too short for the {manifest.count} samples of its manifest")
         samples = np.fromfile(file, SAMPLE, manifest.count)
-        require(len(samples) == manifest.count, f"too short for {manifest.count} samples")
+        require(len(samples) == manifest.count, f"too short for the {manifest.count} samples of its manifest")
         labels, image = samples["label"], samples["image"]
         require(
             labels.min() >= 0 and labels.max() < manifest.classes,
-            f"labels {labels.min()}..{labels.max()}, but its manifest says {manifest.classes} classes",
+            f"labels {labels.min()}..{labels.max()}, expected 0..{manifest.classes - 1} from its manifest",
         )
         side, pointer = manifest.pixels, image["pointer"]
         require(
             bool(((image["width"] == side) & (image["height"] == side)).all()),
-            f"images that are not {side} x {side}, as its manifest says",
+            f"some images are not {side} x {side} pixels, expected from its manifest",
         )
         stored = side * side * 3 if manifest.mode == "raw" else 1
-        require(bool((image["mode"] == MODES[manifest.mode]).all()), f"images that are not {manifest.mode}")
+        require(
+            bool((image["mode"] == MODES[manifest.mode]).all()),
+            f"some images are not stored as {manifest.mode}, expected from its manifest",
+        )
         require(
             bool(((pointer > 0) & (pointer < size) & (pointer + np.uint64(stored) <= size)).all())
             and manifest.count * stored <= size,
-            "images that lie outside the file",
+            "some images lie outside the file",
         )
     if checksum:
-        require(_checksum(beton) == manifest.sha256, "its checksum is not that of its manifest")
+        require(_checksum(beton) == manifest.sha256, "its checksum does not match its manifest")
     return manifest
 
 
@@ -217,7 +168,7 @@ def _checksum(path: Path) -> str:
 
 
 class _Block(NamedTuple):
-    """Converted images: indices kept, uint8 [n, P, P, 3], faults, and what the statistics need."""
+    """Converted images: indices kept, uint8 [n, P, P, 3], error messages, and the sums for mean and std."""
 
     kept: list[int]
     images: np.ndarray
@@ -236,10 +187,12 @@ def _convert(images: Sequence[np.ndarray], indices: range, pixels: int, on_error
         except ValueError as fault:
             if on_error == "stop":
                 raise
-            faults.append(str(fault).encode(errors="backslashreplace").decode())  # names of files may be any bytes
+            faults.append(str(fault).encode(errors="backslashreplace").decode())  # file names may hold any bytes
             continue
         if image.dtype != np.uint8 or image.shape not in ((pixels, pixels), (pixels, pixels, 3)):
-            raise ValueError(f"image {index} is {image.dtype} {list(image.shape)}, not uint8 of {pixels} pixels")
+            raise ValueError(
+                f"image {index} is {image.dtype} {list(image.shape)}, expected uint8 [{pixels}, {pixels}] or [..., 3]"
+            )
         grey &= image.ndim == 2
         rgb[len(kept)] = image if image.ndim == 3 else image[..., None]
         kept.append(index)
@@ -250,7 +203,7 @@ def _convert(images: Sequence[np.ndarray], indices: range, pixels: int, on_error
 
 
 def _in_threads(convert: Callable[[range], _Block], count: int, workers: int) -> Iterator[_Block]:
-    """convert(block) for the blocks of range(count), in order, with at most 2 blocks a thread in memory."""
+    """convert(block) for the blocks of range(count), in order, with at most 2 blocks per thread in memory."""
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, count, BLOCK):
@@ -264,12 +217,12 @@ def _in_threads(convert: Callable[[range], _Block], count: int, workers: int) ->
 def _encode(
     path: Path, blocks: Iterator[_Block], labels: np.ndarray, pixels: int, mode: str, progress: Callable[[int], object]
 ) -> _Block:
-    """Writes and syncs the .beton; returns the sum of the blocks, without their images.
+    """Writes and syncs the .beton file; returns the sum of the blocks, without their images.
 
-    The bytes are those of FFCV's own writer with one process, whose images never cross the end of a page.
+    Byte-identical to FFCV's own writer with one process. No image crosses a page boundary.
     """
     encode = _jpeg_encoder() if mode == "jpg" else np.ndarray.tobytes
-    page = 1 << (21 if pixels * pixels * 3 <= 1 << 16 else 23)  # the rest of a page that holds no further image is lost
+    page = 1 << (21 if pixels * pixels * 3 <= 1 << 16 else 23)  # smaller pages waste less at their ends
     records, table = np.zeros(len(labels), SAMPLE), np.zeros(len(labels), ALLOCATION)
     end = _round_up(RECORDS + records.nbytes, page)
     kept, faults, grey, sums, squares = [], [], True, np.zeros(3, np.int64), np.zeros(3, np.int64)
@@ -289,7 +242,7 @@ def _encode(
             grey, sums, squares = grey and block.grey, sums + block.sums, squares + block.squares
             progress(len(block.kept) + len(block.faults))
         count, end = len(kept), _round_up(end, page)
-        image = records["image"][:count]  # records of skipped images stay zero behind the last one
+        image = records["image"][:count]  # the records of skipped images remain, zero, behind the last one
         image["mode"], image["width"], image["height"] = MODES[mode], pixels, pixels
         image["pointer"], records["label"][:count] = table["pointer"][:count], labels[kept]
         file.seek(end)
@@ -316,7 +269,7 @@ def _jpeg_encoder() -> Callable[[np.ndarray], bytes]:
 
 
 def _mean_and_std(total: _Block, pixels: int) -> tuple[list[float], list[float]]:
-    """Per channel, in 0..1. A constant channel gets the std of one grey level, so that one can divide by it."""
+    """Per channel, in 0..1. A constant channel gets the std of one grey level, to allow division by it."""
     count = len(total.kept) * pixels * pixels
     mean = total.sums / count
     variance = np.maximum(total.squares / count - mean**2, 1.0)

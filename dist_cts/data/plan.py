@@ -1,8 +1,9 @@
-"""SamplePlan: which sample, crop and flip a task sees at every step, so that nothing random happens in training.
+"""SamplePlan: the sample, crop and flip of every batch slot at every step, as a pure function of the seed.
 
 The samples of a task form one endless stream, epoch after epoch: slot b of step s is position p = s * batch_size + b of
 the stream, in epoch p // count. An epoch's permutation, crops and flips are drawn from generators keyed by (seed, task,
-purpose, epoch). So any step can be computed alone, in any process: nothing has to be saved to resume or to replay.
+purpose, epoch). Any step can therefore be computed independently, in any process: resuming and replaying need no
+saved random state.
 """
 
 import functools
@@ -16,25 +17,25 @@ from dist_cts.seeds import hashed_seed
 
 
 class PlanChunk(NamedTuple):
-    """Some consecutive steps of a plan; every array is [steps, batch_size]."""
+    """Consecutive steps of a plan; every array is [steps, batch_size]."""
 
     index: np.ndarray  # int64, below count
-    top: np.ndarray  # int16, 0 .. 2 * padding: the crop's corner in the padded image
+    top: np.ndarray  # int16, 0 .. 2 * padding: top of the crop in the padded image
     left: np.ndarray  # int16
-    flip: np.ndarray  # bool, of the crop
+    flip: np.ndarray  # bool: flip the crop horizontally
 
 
 def default_padding(pixels: int) -> int:
-    """Zeros on each side before the random crop, for images of `pixels` x `pixels`."""
+    """Pixels of zero padding on each side before the random crop, for images of `pixels` x `pixels`."""
     return 4 if pixels <= 32 else 8
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """The stream of `count` samples that a task sees in batches; a batch may span epochs, even several.
+    """The stream of batches over the `count` samples of a task; a batch may span two or more epochs.
 
     Raises:
-        ValueError: no samples, or an empty batch.
+        ValueError: count or batch_size is not positive.
     """
 
     seed: int
@@ -47,11 +48,11 @@ class SamplePlan:
     def __post_init__(self) -> None:
         if self.count < 1 or self.batch_size < 1:
             raise ValueError(
-                f"task {self.task}: {self.count} samples in batches of {self.batch_size}; both must be > 0"
+                f"task {self.task}: {self.count} samples and batch_size={self.batch_size}; both must be positive"
             )
 
     def chunk(self, start: int, steps: int) -> PlanChunk:
-        """Steps start .. start + steps - 1, in whatever epochs they lie."""
+        """Steps start .. start + steps - 1."""
         first, last = start * self.batch_size, (start + steps) * self.batch_size
         pieces = []
         for epoch in range(first // self.count, -(-last // self.count)):
@@ -63,10 +64,10 @@ class SamplePlan:
 
     @functools.cached_property
     def _epoch(self) -> Callable[[int], PlanChunk]:
-        return functools.lru_cache(maxsize=4)(self._draw_epoch)  # neighbouring stretches share an epoch
+        return functools.lru_cache(maxsize=1)(self._draw_epoch)  # consecutive chunks share an epoch
 
     def _draw_epoch(self, epoch: int) -> PlanChunk:
-        """An epoch's arrays [count]."""
+        """The arrays of one epoch, each [count]."""
 
         def generator(purpose: str) -> np.random.Generator:
             key = hashed_seed(self.seed, self.task, purpose, epoch)

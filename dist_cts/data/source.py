@@ -1,8 +1,7 @@
-"""Where a task's images come from: memory on the device, or the .beton through FFCV.
+"""Where a task's images come from: device memory (ResidentSource) or the .beton file through FFCV (StreamingSource).
 
-Both sources give the same bits and work alike. `feed` is told the rows of sample indices that will be wanted, in
-order, and `take` gives the images of the next row: the streaming source decodes ahead in a thread, the resident one
-looks them up. `read` gives any samples, out of order.
+Both give the same bits. `prefetch` announces the rows of sample indices in the order in which they will be needed;
+`take` returns the images of the next row. The streaming source decodes ahead in a thread, the resident one gathers.
 """
 
 import functools
@@ -18,46 +17,43 @@ import torch
 from torch import Tensor
 
 from dist_cts.data import beton
-from dist_cts.data.beton import Manifest
 from dist_cts.data.ffcv_library import import_ffcv
+from dist_cts.data.manifest import Manifest
 from dist_cts.errors import RankError
 
-AHEAD = 3  # batches that are decoded in advance
-STALLED = 300.0  # seconds without a batch after which a living loader thread counts as stuck
+AHEAD = 3  # batches decoded in advance
+STALLED = 300.0  # seconds without a batch after which a running loader thread counts as stuck
 
 
 class Prefetcher(Protocol):
-    """The images of announced rows, one row after the other."""
+    """Returns the images of the announced rows, one row per call."""
 
     def take(self, index: Tensor) -> Tensor:
-        """uint8 [b, P, P, 3] of the next row, whose indices are `index` (int64 [b], on the device).
+        """The images of the next row, uint8 [b, P, P, 3] on the device; its indices are `index`, int64 [b].
 
-        Valid until the next `take`, which may reuse its memory.
+        Valid until the next call, which may reuse the memory.
         """
 
     def close(self) -> None:
-        """Ends its thread, if it has one."""
+        """Stops the loader thread, if there is one."""
 
 
 class Source(Protocol):
-    """The samples of one split: its manifest, its labels (int64 [N], on the host) and its images, on the device."""
+    """The samples of one split: its manifest, its labels (int64 [N], on the host) and its images (on the device)."""
 
     manifest: Manifest
     labels: np.ndarray
     device: torch.device
 
     def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> Prefetcher:
-        """Starts on `rows`, int64 arrays of at most `size` indices; errors call the first row step `step`."""
-
-    def read(self, index: np.ndarray) -> Tensor:
-        """uint8 [b, P, P, 3] of samples `index`, int64 [b]."""
+        """Starts loading `rows`, int64 arrays of at most `size` indices; error messages count steps from `step`."""
 
     def close(self) -> None:
-        """Closes all feeds."""
+        """Closes all prefetchers."""
 
 
 class ResidentSource:
-    """All images of a split as uint8 on the device; a batch is one gather."""
+    """All images of a split as uint8 on the device, its own prefetcher; a batch is one gather."""
 
     def __init__(self, path: Path, manifest: Manifest, device: torch.device, workers: int = 1) -> None:
         self.manifest, self.device = manifest, device
@@ -70,22 +66,19 @@ class ResidentSource:
         self.images = images.to(device)  # [N, P, P, 3]
 
     def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "ResidentSource":
-        return self  # nothing to prepare
+        return self  # nothing to load
 
     def take(self, index: Tensor) -> Tensor:
         return self.images.index_select(0, index)
-
-    def read(self, index: np.ndarray) -> Tensor:
-        return self.take(torch.from_numpy(index).to(self.device))
 
     def close(self) -> None:
         pass
 
 
 class StreamingSource:
-    """Images decoded by FFCV on `workers` threads, ahead of the step that needs them.
+    """Images decoded by FFCV in `workers` threads, ahead of the step that needs them.
 
-    FFCV only decodes, in the order that it is given: its own augmentations cannot be seeded.
+    FFCV only decodes, in the given order: its own augmentations cannot be seeded.
     """
 
     def __init__(self, path: Path, manifest: Manifest, device: torch.device, workers: int = 1) -> None:
@@ -95,71 +88,69 @@ class StreamingSource:
         self._prefetchers: weakref.WeakSet[StreamingPrefetcher] = weakref.WeakSet()
 
     def prefetch(self, rows: Iterator[np.ndarray], size: int, step: int = 0) -> "StreamingPrefetcher":
-        prefetch = StreamingPrefetcher(self, self._unchanged(rows), size, step)
-        self._prefetchers.add(prefetch)
-        return prefetch
-
-    def read(self, index: np.ndarray) -> Tensor:
-        prefetch = self.prefetch(iter([index]), len(index))
-        try:
-            return prefetch.take()
-        finally:
-            prefetch.close()
+        prefetcher = StreamingPrefetcher(self, self._while_unchanged(rows), size, step)
+        self._prefetchers.add(prefetcher)
+        return prefetcher
 
     def close(self) -> None:
-        for prefetch in list(self._prefetchers):
-            prefetch.close()
+        for prefetcher in list(self._prefetchers):
+            prefetcher.close()
 
-    def _unchanged(self, rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """The rows, while the file is the one that was verified: FFCV would decode any other as it comes, and reading
-        behind a new end is a bus error.
+    def _while_unchanged(self, rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The rows, as long as the file is the one that was verified.
+
+        FFCV would decode a changed file to garbage, and a read past the end of a truncated one kills the process with a
+        bus error.
         """
         for row in rows:
             if _identity(self.path) != self._identity:
-                raise ValueError("the file was changed during the run")
+                raise ValueError("the file changed during the run")
             yield row
 
     @functools.cached_property
     def loader(self) -> Any:
-        """FFCV's Loader of this file; about a second, with what the first batch compiles."""
+        """FFCV's Loader of this file; takes about a second, with the compilation at its first batch."""
         loader_class, _ = _ffcv_classes()
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from numba import config, threading_layer
 
         workers = min(self.workers, config.NUMBA_NUM_THREADS)
-        if workers > 1 and threading_layer() == "workqueue":  # the one layer that two threads cannot share
-            raise ValueError("data.workers > 1 needs a thread-safe layer of numba: install tbb or libgomp")
+        if workers > 1 and threading_layer() == "workqueue":  # the only layer that is not thread-safe
+            raise ValueError(
+                f"data.workers={self.workers}: numba has no thread-safe threading layer here; install tbb or libgomp, "
+                "or set data.workers=1"
+            )
         return loader_class(
             str(self.path),
-            batch_size=1,  # every feed sets its own
+            batch_size=1,  # every prefetcher sets its own
             num_workers=workers,
-            os_cache=True,  # its other cache has threads that can die in silence
-            pipelines={"image": [SimpleRGBImageDecoder()], "label": None},  # labels need no loader
-            seed=0,  # unused, but None would draw one from numpy's global generator
+            os_cache=True,  # the threads of its other cache can die silently
+            pipelines={"image": [SimpleRGBImageDecoder()], "label": None},  # labels are in memory already
+            seed=0,  # unused; None would draw one from NumPy's global generator
             batches_ahead=AHEAD,
         )
 
 
 class StreamingPrefetcher:
-    """One FFCV iterator for as many rows as there are: there is no end of an epoch, hence no stall at it.
+    """One FFCV iterator for all rows: with no end of an epoch there is no stall between epochs.
 
-    FFCV's batches are views of a ring of buffers, each left alone until the next batch is asked for. On a GPU the copy
-    has a stream of its own, which is waited for: FFCV itself would overwrite a buffer that is still being copied.
+    FFCV's batches are views of a ring of buffers; each stays valid until the next batch is requested. On a GPU the copy
+    runs on its own stream and `take` waits for it: FFCV would otherwise overwrite a buffer that is still being copied.
     """
 
     def __init__(self, source: StreamingSource, rows: Iterator[np.ndarray], size: int, step: int) -> None:
         self._source, self._step = source, step
         self._stream = torch.cuda.Stream(source.device) if source.device.type == "cuda" else None
         _, iterator_class = _ffcv_classes()
-        source.loader.batch_size = size  # of the ring that this iterator allocates
+        source.loader.batch_size = size  # the size of the buffers that this iterator allocates
         with torch.cuda.stream(self._stream):
             self._iterator = iterator_class(source.loader, rows)
 
     def take(self, index: Tensor | None = None) -> Tensor:
-        """uint8 [b, P, P, 3] of the next row; `index` is not looked at, the row was announced.
+        """The images of the next row, uint8 [b, P, P, 3] on the device; `index` is ignored, the row was announced.
 
         Raises:
-            RankError: the loader thread has died or is stuck; the message names task, file and step.
+            RankError: the loader thread died or is stuck; the message names task, file and step.
         """
         batch = torch.from_numpy(self._next())
         self._step += 1
@@ -172,16 +163,16 @@ class StreamingPrefetcher:
         return images
 
     def close(self) -> None:
-        """Ends the thread, after the batch that it is at."""
+        """Stops the thread after its current batch."""
         self._iterator.iter_ixes = iter(())
         self._iterator.terminate_event.set()
-        while self._iterator.is_alive():  # it may be waiting for a place in the queue
+        while self._iterator.is_alive():  # it may be waiting for space in the queue
             self._drain()
             self._iterator.join(0.01)
         self._drain()
 
     def _next(self) -> np.ndarray:
-        # FFCV's own __next__ waits for ever if the thread has died.
+        # FFCV's own __next__ waits forever if the thread died.
         deadline, alive = time.monotonic() + STALLED, True
         while True:
             try:
@@ -190,8 +181,8 @@ class StreamingPrefetcher:
                 if not alive:
                     raise self._error("died") from self._iterator.fault
                 if time.monotonic() > deadline:
-                    raise self._error(f"gave nothing for {STALLED:.0f} s") from None
-                alive = self._iterator.is_alive()  # if not, look once more: it may have put a batch before it died
+                    raise self._error(f"delivered no batch for {STALLED:.0f} s") from None
+                alive = self._iterator.is_alive()  # if not, look once more: its last batch may have just arrived
                 continue
             assert item is not None, "more batches taken than rows announced"
             _, (images,) = item
@@ -210,7 +201,7 @@ class StreamingPrefetcher:
 
 @functools.cache
 def _ffcv_classes() -> tuple[type, type]:
-    """FFCV's Loader, and its iterator with rows that come lazily and a fault that is kept."""
+    """FFCV's Loader, and its iterator extended by lazily generated rows and a record of its thread's exception."""
     import_ffcv()
     import numba
     from ffcv.loader import Loader
@@ -221,10 +212,10 @@ def _ffcv_classes() -> tuple[type, type]:
         cls.num_threads = count
         numba.set_num_threads(count)
 
-    Compiler.set_num_threads = classmethod(set_num_threads)  # its own sets torch's threads too, in every iterator
+    Compiler.set_num_threads = classmethod(set_num_threads)  # its own also sets torch's, in every iterator
 
     class RowIterator(EpochIterator):
-        """Decodes rows of indices while there are any; `fault` is what its thread died of."""
+        """Decodes rows of indices until they end; `fault` is the exception that ended its thread."""
 
         fault: Exception | None = None
 
@@ -232,7 +223,7 @@ def _ffcv_classes() -> tuple[type, type]:
             self._rows = rows
             super().__init__(loader, order=())
 
-        def start(self) -> None:  # the last thing that the constructor does
+        def start(self) -> None:  # called at the end of the constructor
             self.iter_ixes = iter(self._rows)
             super().start()
 
@@ -246,32 +237,32 @@ def _ffcv_classes() -> tuple[type, type]:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What changes with a file; microseconds."""
+    """Values that change when the file changes; reading them takes microseconds."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _records(path: Path, manifest: Manifest) -> np.ndarray:
-    """What FFCV's format says of every sample: [N] of beton.SAMPLE."""
+    """The record of every sample: [N] of beton.SAMPLE."""
     return np.fromfile(path, beton.SAMPLE, manifest.count, offset=beton.RECORDS)
 
 
 def _raw_images(path: Path, manifest: Manifest, pointers: np.ndarray) -> Tensor:
-    """uint8 [N, P, P, 3], straight from the file."""
+    """uint8 [N, P, P, 3], read directly from the file."""
     shape = (manifest.count, manifest.pixels, manifest.pixels, 3)
     windows = np.lib.stride_tricks.sliding_window_view(np.memmap(path, np.uint8, "r"), manifest.pixels**2 * 3)
     return torch.from_numpy(windows[pointers.astype(np.int64)]).view(shape)
 
 
 def _decoded_images(source: StreamingSource, size: int = 256) -> Tensor:
-    """uint8 [N, P, P, 3], each image once through FFCV."""
+    """uint8 [N, P, P, 3], every image decoded once by FFCV."""
     count, pixels = source.manifest.count, source.manifest.pixels
     rows = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
     images = torch.empty(count, pixels, pixels, 3, dtype=torch.uint8)
-    prefetch = source.prefetch(iter(rows), size)
+    prefetcher = source.prefetch(iter(rows), size)
     try:
         for row in rows:
-            images[row[0] : row[-1] + 1] = prefetch.take()
+            images[row[0] : row[-1] + 1] = prefetcher.take()
     finally:
-        prefetch.close()
+        prefetcher.close()
     return images

@@ -22,7 +22,7 @@ def make(folder, count=7, pixels=5, channels=3, split="train", **options):
 
 
 class Broken:
-    """Images of which some do not decode."""
+    """Images of which some cannot be decoded."""
 
     def __init__(self, images, bad):
         self.images, self.bad = images, bad
@@ -32,7 +32,7 @@ class Broken:
 
     def __getitem__(self, index):
         if index in self.bad:
-            raise ValueError(f"photo{index}.jpg\udcff: does not decode")  # a name of any bytes
+            raise ValueError(f"photo{index}.jpg\udcff: cannot be decoded")  # a name of any bytes
         return self.images[index]
 
 
@@ -126,7 +126,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_image_that_does_not_decode_stops_and_leaves_the_old_file(tmp_path, workers):
+def test_an_image_that_cannot_be_decoded_stops_and_leaves_the_old_file(tmp_path, workers):
     *_, old = make(tmp_path / "noise")
     bad = Broken(np.zeros((400, 5, 5), np.uint8), {250})
     with pytest.raises(ValueError, match=r"photo250\.jpg"):
@@ -145,7 +145,7 @@ def test_skipped_images_are_left_out_and_named(tmp_path):
     read, read_labels = read_back(tmp_path / "noise/train.beton")
     np.testing.assert_array_equal(read, images[kept])
     np.testing.assert_array_equal(read_labels, labels[kept])
-    assert manifest.skipped == tuple(f"photo{index}.jpg\\udcff: does not decode" for index in sorted(bad))
+    assert manifest.skipped == tuple(f"photo{index}.jpg\\udcff: cannot be decoded" for index in sorted(bad))
     np.testing.assert_allclose(manifest.mean, images[kept].mean((0, 1, 2)) / 255)
     assert beton.verify(tmp_path / "noise/train.beton").count == 197
 
@@ -170,7 +170,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 def test_nothing_that_decodes_is_an_error(tmp_path):
     bad = Broken(np.zeros((3, 5, 5), np.uint8), {0, 1, 2})
-    with pytest.raises(ValueError, match=r"no image decodes.*photo0\.jpg"):
+    with pytest.raises(ValueError, match=r"none of the images can be decoded.*photo0\.jpg"):
         beton.write(tmp_path / "noise/train", bad, np.zeros(3), NAMES, pixels=5, source="x", on_error="skip")
     assert not list((tmp_path / "noise").iterdir())
 
@@ -180,7 +180,7 @@ def test_nothing_that_decodes_is_an_error(tmp_path):
     [
         (np.zeros((0, 5, 5), np.uint8), [], "0 images"),
         (np.zeros((2, 5, 5), np.uint8), [0], "2 images and 1 labels"),
-        (np.zeros((2, 5, 5), np.uint8), [0, 3], r"labels 0\.\.3 do not fit 3 classes"),
+        (np.zeros((2, 5, 5), np.uint8), [0, 3], r"labels 0\.\.3; expected 0\.\.2"),
         (np.zeros((2, 5, 5), np.uint8), [-1, 0], r"labels -1\.\.0"),
         (np.zeros((2, 6, 6), np.uint8), [0, 1], "image 0 is uint8"),
         (np.zeros((2, 5, 5)), [0, 1], "image 0 is float64"),
@@ -234,26 +234,26 @@ def last(folder):
 
 
 FAULTS = {
-    "truncated": (truncate("train.beton", -1), "bytes, but its manifest says"),
-    "truncated to nothing": (truncate("train.beton", 0), "0 bytes, but its manifest says"),
+    "truncated": (truncate("train.beton", -1), r"bytes, expected \d+ from its manifest"),
+    "truncated to nothing": (truncate("train.beton", 0), r"0 bytes, expected \d+ from its manifest"),
     "torn": (torn, "allocation table"),
     "table outside": (edit_beton(16, b"\xff" * 7), "allocation table"),
-    "other version": (edit_beton(0, b"\x09"), "its header"),
-    "other fields": (edit_beton(beton.HEADER.itemsize + 1, b"voice"), "its header"),
-    "other count in the header": (edit_beton(8, b"\x08"), "8 samples, but its manifest says 7"),
-    "label": (edit_beton(beton.RECORDS + 16, b"\x03"), "but its manifest says 3 classes"),
+    "other version": (edit_beton(0, b"\x09"), "not an FFCV file"),
+    "other fields": (edit_beton(beton.HEADER.itemsize + 1, b"voice"), "not an FFCV file"),
+    "other count in the header": (edit_beton(8, b"\x08"), "8 samples, expected 7"),
+    "label": (edit_beton(beton.RECORDS + 16, b"\x03"), r"labels 0\.\.3, expected 0\.\.2"),
     "image outside": (edit_beton(beton.RECORDS + 5, b"\xff" * 8), "outside the file"),
     "one bit of an image": (edit_beton((1 << 21) + 30, b"\x00\x01\x02"), "checksum"),
-    "count in the manifest": (edit_manifest(count=6), "7 samples, but its manifest says 6"),
-    "classes in the manifest": (edit_manifest(classes=2, class_names=["a", "b"]), "says 2 classes"),
+    "count in the manifest": (edit_manifest(count=6), "7 samples, expected 6"),
+    "classes in the manifest": (edit_manifest(classes=2, class_names=["a", "b"]), r"labels 0\.\.2, expected 0\.\.1"),
     "pixels in the manifest": (edit_manifest(pixels=6), "not 6 x 6"),
     "checksum in the manifest": (edit_manifest(sha256="0" * 64), "checksum"),
-    "manifest altered": (lambda folder: replace(folder, '"noise"', '"voice"'), "changed since it was written"),
-    "other mode in the manifest": (edit_manifest(mode="jpg"), "not jpg"),
+    "manifest altered": (lambda folder: replace(folder, '"noise"', '"voice"'), "modified since it was written"),
+    "other mode in the manifest": (edit_manifest(mode="jpg"), "not stored as jpg"),
     "image half outside": (lambda folder: edit_beton(beton.RECORDS + 5, last(folder))(folder), "outside the file"),
     "std of nothing": (edit_manifest(std=[0.0, 1.0, 1.0]), "std.0"),
-    "manifest torn": (truncate("train.json", 100), "not a manifest"),
-    "manifest empty": (truncate("train.json", 0), "not a manifest"),
+    "manifest torn": (truncate("train.json", 100), "not a valid manifest"),
+    "manifest empty": (truncate("train.json", 0), "not a valid manifest"),
     "manifest without a key": (lambda folder: (folder / "train.json").write_text("{}"), "name Field required"),
     "manifest with an unknown key": (edit_manifest(colour=1), "colour"),
     "manifest of another format": (edit_manifest(format=2), "format"),
@@ -271,7 +271,7 @@ def test_whatever_does_not_fit_is_an_error_that_names_the_file(tmp_path, fault):
         beton.verify(tmp_path / "train.beton")
     line = str(caught.value)
     assert str(tmp_path / "train") in line
-    assert line.endswith("run launch/prepare.py again")
+    assert line.endswith("prepare the task again with launch/prepare.py")
     assert "\n" not in line
 
 
@@ -288,7 +288,7 @@ def test_without_checksum_only_the_records_are_read(tmp_path):
     FAULTS["one bit of an image"][0](tmp_path)
     beton.verify(tmp_path / "train.beton", checksum=False)
     FAULTS["label"][0](tmp_path)
-    with pytest.raises(ValueError, match="classes"):
+    with pytest.raises(ValueError, match=r"labels 0\.\.3"):
         beton.verify(tmp_path / "train.beton", checksum=False)
 
 

@@ -1,4 +1,4 @@
-"""The embedded tasks keep their promises on size and balance, repeat to the bit, and can be learned."""
+"""The embedded tasks are balanced, reproducible to the bit and learnable."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 from matplotlib.ft2font import FT2Font
 from scipy import ndimage
 
-from dist_cts.data.prepare import embedded
+from dist_cts.data.prepare import drawing, embedded
 from dist_cts.data.prepare.embedded import META_TEST, META_TRAIN, TASKS, Split, make
 
 drawn = cache(make)
@@ -87,11 +87,11 @@ def test_same_bits_on_every_call_and_in_a_fresh_process():
 
 def test_another_seed_draws_other_images():
     assert not rows(make("letters", 1)[0].images) & rows(drawn("letters")[0].images)
-    assert not np.array_equal(make("digits", 1)[0].images, drawn("digits")[0].images)  # the same scans, split anew
+    assert not np.array_equal(make("digits", 1)[0].images, drawn("digits")[0].images)  # the same scans in another split
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="no embedded task 'letter': choose one of digits, letters"):
+    with pytest.raises(ValueError, match="unknown embedded task 'letter'; choose one of digits, letters"):
         make("letter")
 
 
@@ -109,9 +109,9 @@ def test_digits_are_the_scans_of_scikit_learn():
 def test_every_glyph_is_in_every_font_that_draws_it():
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     for characters, fonts in (
-        (embedded.LETTERS, embedded.DEJAVU + embedded.STIX + embedded.COMPUTER_MODERN),
+        (embedded.LETTERS, drawing.DEJAVU + drawing.STIX + drawing.COMPUTER_MODERN),
         (embedded.SYMBOLS, embedded.SYMBOL_FONTS),
-        (embedded.GEORGIAN, embedded.DEJAVU),
+        (embedded.GEORGIAN, drawing.DEJAVU),
         (embedded.ICONS, embedded.ICON_FONTS),
     ):
         for font in fonts:
@@ -120,8 +120,8 @@ def test_every_glyph_is_in_every_font_that_draws_it():
 
 
 def test_placed_stamps_are_large_and_whole():
-    stamps = np.full((3, 1, embedded.BOX, embedded.BOX), 255, np.uint8)
-    for mask in embedded._place(np.random.default_rng(0), stamps, 20, 32, turn=180):
+    stamps = np.full((3, 1, drawing.BOX, drawing.BOX), 255, np.uint8)
+    for mask in drawing.place(np.random.default_rng(0), stamps, 20, 32, turn=180):
         filled = np.argwhere(mask > 0.5)
         assert np.ptp(filled, 0).max() > 0.7 * 32
         # a whole parallelogram is symmetric about its centre; one that lost a corner is not
@@ -130,9 +130,9 @@ def test_placed_stamps_are_large_and_whole():
 
 def test_counting_shows_as_many_spots_as_its_label_says(monkeypatch: pytest.MonkeyPatch):
     masks = []
-    paint = embedded._paint
+    paint = drawing.paint
     monkeypatch.setattr(
-        embedded, "_paint", lambda rng, drawn, *a, **k: masks.append(drawn) or paint(rng, drawn, *a, **k)
+        embedded, "paint", lambda rng, drawn, *a, **k: masks.append(drawn) or paint(rng, drawn, *a, **k)
     )
     make("counting")
     spots = np.array([ndimage.label(mask > 0.5)[1] for mask in masks[0]])

@@ -75,5 +75,5 @@ def test_default_padding():
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 16), (10, 0)])
 def test_nothing_to_plan(count, batch_size):
-    with pytest.raises(ValueError, match=f"task noise: {count} samples in batches of {batch_size}"):
+    with pytest.raises(ValueError, match=f"task noise: {count} samples and batch_size={batch_size}"):
         SamplePlan(0, "noise", count, batch_size, 4)

@@ -181,7 +181,7 @@ def test_a_loader_that_fails_or_whose_file_changes_is_named(train, fault, tmp_pa
     codes, err = train(*keys, environment=fault(act, **details))
     assert codes == [1, 1]
     assert len(errors(err)) == 2, err
-    cause = "OSError: disk gone" if act == "loader" else "ValueError: the file was changed during the run"
+    cause = "OSError: disk gone" if act == "loader" else "ValueError: the file changed during the run"
     assert re.search(rf"error: rank 1: task b, step \d+: the loader thread of {beton} died \({cause}\)", err)
     assert "error: rank 1 (task b), in step " in err
     if act != "loader":

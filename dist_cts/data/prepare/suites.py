@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from dist_cts.config import read_yaml
-from dist_cts.data.beton import Manifest
+from dist_cts.data.manifest import Manifest
 from dist_cts.data.prepare import catalog
 from dist_cts.data.prepare.archives import NotThere
 from dist_cts.data.prepare.catalog import Entry

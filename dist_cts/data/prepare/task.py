@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dist_cts.config import Config
 from dist_cts.data import beton
-from dist_cts.data.beton import Manifest
+from dist_cts.data.manifest import Manifest
 from dist_cts.data.prepare import raw
 from dist_cts.data.prepare.catalog import EMBEDDED, Entry
 from dist_cts.data.prepare.raw import RawDataset

@@ -11,7 +11,7 @@ from dist_cts.data.prepare import suites
 from dist_cts.data.prepare.task import task_name
 from dist_cts.distributed.balance import describe_assignment, loads, plan
 from dist_cts.distributed.placement import Assignment, Placement, data_group, even_assignment
-from dist_cts.distributed.sync_batch_norm import synchronise
+from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.learner import TaskLearner
 from dist_cts.models import ModelConfig
 from dist_cts.run.costs import RandomBatch, step_seconds
@@ -42,7 +42,7 @@ def place_learners(placement: Placement, model: str, batch_size: int, device: to
     for name in [list(TASKS)[task] for task in placement.local_tasks]:
         batch = RandomBatch(TASKS[name][0], batch_size // placement.data_ranks, device)
         own.append(make_learner(name, model, batch, device))
-        own[-1].data_group, own[-1].model = group, synchronise(own[-1].model, group)
+        own[-1].data_group, own[-1].model = group, convert_sync_batch_norm(own[-1].model, group)
     return learners.MetaTraining(own, len(TASKS), placement)
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import learners, report
 from dist_cts import models
 from dist_cts.distributed.placement import data_group, place
-from dist_cts.distributed.sync_batch_norm import synchronise
+from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.flat import FlatParams
 from dist_cts.models import ModelConfig
 
@@ -77,7 +77,7 @@ def dry_run(tasks: int, world_size: int, model: str, steps: int = 3) -> dict[str
     own = [learners.make_learner(noise, model, 4) for _ in placements[0].local_tasks]
     group = data_group(placements[0])
     for learner in own:
-        learner.data_group, learner.model = group, synchronise(learner.model, group)
+        learner.data_group, learner.model = group, convert_sync_batch_norm(learner.model, group)
     cts = learners.MetaTraining(own, tasks)
     with Sent() as sent:
         for _ in range(steps):

@@ -13,6 +13,8 @@ from dist_cts.config import Config
 from dist_cts.flat import FlatParams
 
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Sees a learner between gradient and update, when theta_(k-1), its `loss` and its `flat.grad` belong together.
+Observe = Callable[["TaskLearner"], None]
 
 
 class InnerConfig(Config):
@@ -25,21 +27,23 @@ class InnerConfig(Config):
 
 
 class ResetConfig(Config):
-    """What starts anew with theta at an episode's start; the paper resets none of it (supplement C.2)."""
+    """What is reset together with theta at the start of an episode; the paper resets none of it (supplement C.2)."""
 
-    head: bool = Field(False, description="draw the head anew at every episode")
-    optimizer: bool = Field(False, description="clear momentum at every episode")
+    head: bool = Field(False, description="reset the head to its initialization at every episode")
+    optimizer: bool = Field(False, description="clear the optimizer state at every episode")
     statistics: bool = Field(False, description="clear batch-norm running statistics at every episode")
 
 
 class Batches(Protocol):
-    """What feeds a learner: `batch_at(step)` for the global step, and how long the host waited for it."""
+    """The batches a learner consumes, one per inner step, and the seconds that the host has waited for them."""
 
     wait_seconds: float
 
-    def next(self) -> tuple[Tensor, Tensor]: ...
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next step."""
 
-    def seek(self, step: int) -> None: ...
+    def seek(self, step: int) -> None:
+        """Makes global step `step` the next one."""
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch.optim.Optimizer:
@@ -49,11 +53,17 @@ def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch
         ValueError: nesterov without momentum.
     """
     if config.optimizer == "adam":
-        betas = (config.momentum, 0.999)
-        return torch.optim.Adam(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.Adam(
+            parameters,
+            lr=config.lr,
+            betas=(config.momentum, 0.999),
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=parameters[0].is_cuda,  # a CUDA graph may record the update
+        )
     nesterov = config.optimizer == "nesterov"
     if nesterov and config.momentum == 0:
-        raise ValueError("inner.optimizer=nesterov needs inner.momentum above 0")
+        raise ValueError("inner.momentum=0: inner.optimizer=nesterov needs a momentum above 0, or use sgd")
     return torch.optim.SGD(
         parameters,
         lr=config.lr,
@@ -65,7 +75,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch
 
 
 def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy and accuracy, both means over the batch, of logits [B, C] and labels [B]."""
+    """Cross entropy and accuracy, both means over the batch, of logits [B, C] and int64 labels [B]."""
     loss = nn.functional.cross_entropy(logits.float(), labels)
     return loss, (logits.detach().argmax(1) == labels).float().mean()
 
@@ -81,10 +91,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int) -> to
 
 
 class TaskLearner:
-    """theta of one task, and all that its inner optimization keeps between steps.
+    """theta of one task, with everything that its inner optimization keeps between steps.
 
-    `theta` [N] is the body, a slice of the flat vector that also holds the head. With a data group, the group's ranks
-    feed slices of one batch and average the gradient, so their theta have the same bits.
+    `theta` [N] is the body, the first part of the flat vector that also holds the head. The ranks of a data group each
+    consume a slice of one batch and average the gradient, so their theta are bit-identical.
     """
 
     def __init__(
@@ -108,17 +118,18 @@ class TaskLearner:
         self.parameter = nn.Parameter(self.flat.vector)
         self.parameter.grad = self.flat.grad
         self.optimizer = make_optimizer([self.parameter], inner)
-        # What a method gathers along an episode, by name: empty after `reset`, part of the checkpoint.
+        # What an algorithm accumulates over an episode, by name: empty after `reset`, part of the checkpoint.
         self.memory: dict[str, Tensor] = {}
-        self.loss = torch.zeros((), device=self.theta.device)  # of the newest inner step, before its update
-        self.batch: tuple[Tensor, Tensor] | None = None  # of the newest inner step
+        self.loss = torch.zeros((), device=self.theta.device)  # of the latest inner step, before its update
+        self.batch: tuple[Tensor, Tensor] | None = None  # of the latest inner step
         self._peeked: tuple[Tensor, Tensor] | None = None
-        # steps, loss, accuracy, non-finite: summed since the last reduction, on the device
-        self.statistics = torch.zeros(4, device=self.theta.device)
+        # Inner steps, loss, accuracy and non-finite updates, summed on the device since the last reduction.
+        self.counters = torch.zeros(4, device=self.theta.device)
+        self._one = torch.ones((), device=self.theta.device)
 
     @property
     def theta(self) -> Tensor:
-        """theta^(t) [N], the memory that the model computes with."""
+        """theta^(t) [N]; the model's parameters are views of it."""
         return self.flat.body
 
     def reset(self, phi: Tensor) -> None:
@@ -133,66 +144,64 @@ class TaskLearner:
             self._clear_running_statistics()
 
     def restart(self, phi: Tensor) -> None:
-        """Starts the learner anew from phi [N] with fresh head, momentum and statistics: after a non-finite update."""
+        """theta <- phi [N] with a fresh head, optimizer state and running statistics: after a non-finite update."""
         self.theta.copy_(phi)
         self.memory = {}
         self.flat.vector[self.theta.numel() :].copy_(self.head_init)
         self._clear_optimizer()
         self._clear_running_statistics()
 
-    def inner_step(self, observe: "Callable[[TaskLearner], None] | None" = None) -> None:
-        """theta <- theta - alpha grad L(theta) on the next batch, body and head together (Algorithm 2, line 9).
+    def inner_step(self, observe: Observe | None = None) -> None:
+        """theta <- theta - alpha grad L(theta) on the next batch, body and head together (Algorithm 2, line 9)."""
+        self.step_on(self.next_batch(), observe)
 
-        `observe` sees the learner between gradient and update: theta_(k-1), `loss` and `flat.grad` belong together.
-        """
-        accuracy = self._descend(observe)
-        self.statistics[0] += 1
-        self.statistics[1] += self.loss
-        self.statistics[2] += accuracy
+    def step_on(self, batch: tuple[Tensor, Tensor], observe: Observe | None = None) -> None:
+        """An inner step on `batch`, counted. Work of the device alone: a CUDA graph may record it."""
+        accuracy = self._descend(batch, observe)
+        self.counters[:3].add_(torch.stack((self._one, self.loss, accuracy)))
 
     def replay(self, first_step: int, steps: int) -> None:
-        """Takes `steps` inner steps on the batches from global step `first_step` on; they are not counted as new."""
+        """Repeats `steps` inner steps on the batches from global step `first_step`; the counters ignore them."""
         self.batches.seek(first_step)
         self._peeked = None
         for _ in range(steps):
-            self._descend()
+            self._descend(self.next_batch())
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The next inner step's batch, which is that of an earlier `peek` if there was one."""
+        """The next inner step's batch: the one that `peek` has returned, if it was called."""
         batch, self._peeked = self._peeked or self.batches.next(), None
         return batch
 
     def peek(self) -> tuple[Tensor, Tensor]:
-        """The batch that the next inner step will take."""
+        """The batch that the next inner step will consume."""
         self._peeked = self.next_batch()
         return self._peeked
 
     @torch.enable_grad()
     def compute_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss with its graph, and accuracy, of this rank's share of a batch, in training mode."""
+        """Differentiable loss, and accuracy, of this rank's share of a batch, in training mode."""
         inputs, targets = batch
         with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = self.model(inputs)
         return self.criterion(outputs, targets)
 
     def compute_gradient(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`flat.grad` <- grad L(theta) on a batch; loss, of this rank's share, and accuracy."""
-        self.flat.grad.zero_()
+        """`flat.grad` <- grad L(theta) on a batch; returns loss and accuracy of this rank's share."""
         loss, accuracy = self.compute_loss(batch)
-        loss.backward()
+        self.flat.differentiate(loss)
         self.group_mean(self.flat.grad)
         return loss.detach(), accuracy
 
     def group_mean(self, x: Tensor) -> Tensor:
-        """`x`, in place, becomes the mean over the data group, each of whose D ranks saw 1 / D of the batch."""
+        """`x` <- its mean over the data group, whose D ranks each have 1 / D of the batch."""
         if self.data_group is not None:
             dist.all_reduce(x, group=self.data_group)
             x.div_(self.data_group.size())
         return x
 
     @contextmanager
-    def keeping_statistics(self) -> Iterator[None]:
-        """A block whose forward passes, not being inner steps, leave no trace in the running statistics."""
+    def running_statistics_kept(self) -> Iterator[None]:
+        """A block whose forward passes are not inner steps and leave batch norm's running statistics unchanged."""
         kept = [buffer.clone() for buffer in self.model.buffers()]
         yield
         for buffer, value in zip(self.model.buffers(), kept, strict=True):
@@ -200,7 +209,7 @@ class TaskLearner:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean loss and accuracy (0 .. 1) over every example of `batches`, with running statistics."""
+        """Mean loss and accuracy (0 .. 1) over every example of `batches`, in evaluation mode."""
         self.model.eval()
         total = torch.zeros(2, device=self.theta.device)
         count = 0
@@ -214,22 +223,22 @@ class TaskLearner:
         return loss, accuracy
 
     def flag_nonfinite(self, flag: Tensor) -> None:
-        """Marks this step's update as left out of the mean where the boolean `flag` is set."""
-        self.statistics[3] += flag
+        """Counts this step's update as excluded from the mean where the boolean `flag` [] is set."""
+        self.counters[3:].add_(flag)
 
-    def take_statistics(self) -> Tensor:
-        """Steps, loss, accuracy and non-finite flags [4], summed since the last call."""
-        taken = self.statistics.clone()
-        self.statistics.zero_()
+    def take_counters(self) -> Tensor:
+        """Inner steps, loss, accuracy and non-finite updates [4], summed since the last call."""
+        taken = self.counters.clone()
+        self.counters.zero_()
         return taken
 
     def take_wait_seconds(self) -> float:
-        """Seconds that the host waited for batches since the last call."""
+        """Seconds that the host has waited for batches since the last call."""
         waited, self.batches.wait_seconds = self.batches.wait_seconds, 0.0
         return waited
 
     def state_dict(self) -> dict[str, Tensor]:
-        """theta and head, optimizer, running statistics and memory by name; the tensors themselves, not copies."""
+        """Parameters, optimizer state, buffers and memory by name; the tensors themselves, not copies."""
         state = {"parameters": self.flat.vector}
         state |= {f"memory.{name}": value for name, value in self.memory.items()}
         for key, value in self.optimizer.state[self.parameter].items():
@@ -238,7 +247,7 @@ class TaskLearner:
         return state | {f"buffers.{name}": buffer for name, buffer in self.model.named_buffers()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave; the optimizer's state then has what it had there, no more and no less."""
+        """Restores a `state_dict`, including which optimizer states it has and lacks."""
         self.flat.vector.copy_(state["parameters"])
         self.optimizer.state[self.parameter].clear()
         buffers = dict(self.model.named_buffers())
@@ -251,9 +260,9 @@ class TaskLearner:
             elif kind == "memory":
                 self.memory[name] = value.clone()
 
-    def _descend(self, observe: "Callable[[TaskLearner], None] | None" = None) -> Tensor:
-        self.batch = self.next_batch()
-        self.loss, accuracy = self.compute_gradient(self.batch)
+    def _descend(self, batch: tuple[Tensor, Tensor], observe: Observe | None = None) -> Tensor:
+        self.batch = batch
+        self.loss, accuracy = self.compute_gradient(batch)
         if observe is not None:
             observe(self)
         self.optimizer.step()

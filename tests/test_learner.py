@@ -79,7 +79,7 @@ def test_a_restored_learner_goes_on_with_the_same_bits(optimizer):
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_statistics_are_means_of_the_steps_and_start_anew():
+def test_counters_sum_over_the_steps_and_restart_at_zero():
     learner = make()
     expected = []
     for step in range(3):
@@ -88,11 +88,11 @@ def test_statistics_are_means_of_the_steps_and_start_anew():
         inputs, labels = learner.batches.batch_at(step)
         expected.append(classification(model(inputs), labels))
         learner.inner_step()
-    steps, loss, accuracy, flags = learner.take_statistics().tolist()
+    steps, loss, accuracy, flags = learner.take_counters().tolist()
     assert (steps, flags) == (3, 0)
     assert loss == pytest.approx(sum(loss.item() for loss, _ in expected), rel=1e-6)
     assert accuracy == pytest.approx(sum(accuracy.item() for _, accuracy in expected))
-    assert learner.take_statistics().tolist() == [0, 0, 0, 0]
+    assert learner.take_counters().tolist() == [0, 0, 0, 0]
 
 
 def test_every_example_counts_in_an_evaluation():
@@ -161,5 +161,5 @@ def test_an_inner_step_on_cuda_equals_the_cpu():
 
 
 def test_nesterov_without_momentum_is_refused():
-    with pytest.raises(ValueError, match=r"nesterov needs inner\.momentum"):
+    with pytest.raises(ValueError, match=r"inner\.momentum=0: .*nesterov needs"):
         make(0, InnerConfig(optimizer="nesterov", momentum=0))

@@ -13,7 +13,7 @@ from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.distributed.placement import Placement, data_group, even_assignment
 from dist_cts.distributed.process_group import check_layouts
 from dist_cts.distributed.reducer import MetaReducer
-from dist_cts.distributed.sync_batch_norm import synchronise
+from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
@@ -54,7 +54,7 @@ def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", wat
     for task in placement.local_tasks:
         model, head = make_model(task)
         batches = MemoryBatches(task, classes=3 + task, data_rank=placement.data_rank, data_ranks=placement.data_ranks)
-        model = synchronise(model, group)
+        model = convert_sync_batch_norm(model, group)
         learners.append(TaskLearner(str(task), model, head, batches, InnerConfig(**inner), data_group=group))
     layout = FlatLayout.of(phi_zero().items())
     check_layouts(learners[0].flat.body_layout)

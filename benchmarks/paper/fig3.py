@@ -112,8 +112,7 @@ class Task:
             self.cache.append((images.to(self.dtype), labels))
         images, labels = self.cache[step]
         self.flat.vector.copy_(theta)
-        self.flat.grad.zero_()
-        nn.functional.cross_entropy(self.model(images), labels).backward()
+        self.flat.differentiate(nn.functional.cross_entropy(self.model(images), labels))
         return self.flat.grad.clone()
 
     def log_errors(self, beta: float, ks: Sequence[int], alpha: float, aligned: bool = False, **inner: float) -> list:

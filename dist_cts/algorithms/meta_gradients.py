@@ -48,7 +48,7 @@ def fomaml(learner: TaskLearner, phi: Tensor, batch: GradientBatch = "last") -> 
     The paper's L_k is the loss of the `last` batch; `next` is one that this episode has not seen, which stands for the
     quarter of the images that the released code holds out.
     """
-    with learner.keeping_statistics():
+    with learner.running_statistics_kept():
         learner.compute_gradient(learner.batch if batch == "last" else learner.peek())
     return _spent_gradient(learner)
 
@@ -101,7 +101,7 @@ def imaml(learner: TaskLearner, phi: Tensor, options: IMAMLConfig, batch: Gradie
     H is the Hessian of the last inner batch's loss in the body, the head held fixed. It follows from the stationarity
     of L + lambda/2 ||theta - phi||^2, hence the proximal term; the paper's results come from code without it.
     """
-    with learner.keeping_statistics():
+    with learner.running_statistics_kept():
         if batch == "next":
             learner.compute_gradient(learner.peek())
         last_gradient, hessian = hessian_operator(learner, learner.batch)

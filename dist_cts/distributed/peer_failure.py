@@ -1,8 +1,9 @@
-"""Which ranks are gone, when a collective fails.
+"""Lost peers: which ranks are gone when a collective fails, and waiting for a GPU that may never finish.
 
-gloo only tells that a connection is closed or silent, and a rank far from the lost one notices nothing until others
-leave. So a thread of every rank looks into the process group's store, which torchrun's agent holds: whoever meets a
-failure first calls the roll there, waits, and names the ranks whose threads have not answered.
+gloo only reports that a connection closed or timed out, and a rank far from the lost one notices nothing until others
+leave. NCCL reports nothing at all: its collective never ends. So a thread of every rank polls the store of the process
+group, which torchrun's agent serves. The first rank that meets a failure starts a roll call there, waits, and names the
+ranks whose threads have not answered.
 """
 
 import time
@@ -11,59 +12,71 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from dist_cts.errors import RankError, RunError
 
-LOOK = 0.5  # seconds between two looks of a rank's thread into the store
-PATIENCE = 4.0  # seconds that the living have to answer
-GO_ON = "the same command goes on from the newest checkpoint"
+POLL_SECONDS = 0.5  # between two looks of a rank's thread into the store
+ANSWER_SECONDS = 4.0  # that the live ranks have to answer the roll call
+# The time that a GPU has after SIGTERM: torchrun sends it when a peer has died, and SIGKILL 30 seconds later.
+STOP_SECONDS = 5.0
+RESUME = "run the same command to resume from the latest checkpoint"
 
 
 class LivenessCheck:
-    """The ranks of the process group, in a store that all of them reach; it is called once, for then the run ends."""
+    """The roll call over the ranks of the process group, in a store that all of them reach; it ends the run."""
 
     def __init__(self) -> None:
         self.describe: Callable[[list[int]], str] = lambda ranks: "rank " + ", ".join(map(str, ranks))
         self._rank, self._world_size, self._store = dist.get_rank(), dist.get_world_size(), _get_default_store()
-        self._over = Event()
-        if self._world_size > 1:  # its own connection: another thread's would be busy while that one waits
+        self._closed = Event()
+        if self._world_size > 1:  # on a connection of its own: a blocked call holds a connection
             Thread(target=self._answer, args=(self._store.clone(),), daemon=True).start()
 
     def close(self) -> None:
         """Ends the thread."""
-        self._over.set()
+        self._closed.set()
 
     def failure(self, fault: str) -> RunError:
-        """What to raise where a collective failed with `fault`; the rank that calls the roll is the one to print it.
+        """The error to raise after a collective failed with `fault`; the rank that started the roll call prints it.
 
-        Takes PATIENCE seconds: torchrun, once it sees a rank's end, sends the others SIGTERM and leaves them 30 seconds
-        (SIGTERM must not end them here: stop_request.py still holds it).
+        Takes ANSWER_SECONDS, and at most four times that: when a rank exits, torchrun sends the others SIGTERM, which
+        run/shutdown.py holds back, and SIGKILL 30 seconds later.
         """
-        try:
-            caller, text = self._call()
-        except RuntimeError:  # no answer from the store itself
-            return RankError(f"the other ranks and the store of torchrun are out of reach ({fault})")
-        return RunError(text or f"the ranks lost each other, though all of them live ({fault})", speaker=caller)
+        verdicts: list[tuple[int, str]] = []
+
+        def call() -> None:
+            with suppress(RuntimeError):  # the store itself is out of reach
+                verdicts.append(self._call())
+
+        # In a thread: on a network that was cut, a call to the store blocks until the kernel gives the connection up.
+        caller = Thread(target=call, daemon=True)
+        caller.start()
+        caller.join(4 * ANSWER_SECONDS)
+        if not verdicts:
+            return RankError(f"the other ranks and the store of torchrun are out of reach ({fault}); {RESUME}")
+        rank, text = verdicts[0]
+        return RunError(text or f"a collective failed although every rank is alive ({fault}); {RESUME}", speaker=rank)
 
     def _call(self) -> tuple[int, str]:
-        """The calling rank, and its line about those that are missing; empty if none is."""
+        """The rank that started the roll call, and its line on the missing ranks; empty if none is missing."""
         caller = int(self._store.compare_set("roll/caller", "", str(self._rank)))
         if caller == self._rank:
             missing = [rank for rank in range(self._world_size) if rank != self._rank]
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + ANSWER_SECONDS
             while missing and time.monotonic() < deadline:
                 time.sleep(0.05)
                 missing = [rank for rank in missing if not self._store.check([f"roll/{rank}"])]
-            text = f"{self.describe(missing)} is gone or does not answer; {GO_ON}" if missing else ""
+            text = f"{self.describe(missing)} died or does not respond; {RESUME}" if missing else ""
             self._store.set("roll/verdict", text)
-        self._store.wait(["roll/verdict"], timedelta(seconds=2 * PATIENCE))
+        self._store.wait(["roll/verdict"], timedelta(seconds=2 * ANSWER_SECONDS))
         return caller, self._store.get("roll/verdict").decode()
 
     def _answer(self, store: dist.Store) -> None:
-        with suppress(RuntimeError):  # the store has gone, and torchrun with it: see stop_request.py
-            while not self._over.wait(LOOK):
+        with suppress(RuntimeError):  # the store is gone, and torchrun with it: run/shutdown.py stops this rank
+            while not self._closed.wait(POLL_SECONDS):
                 if store.check(["roll/caller"]):
                     store.set(f"roll/{self._rank}", "here")
                     return
@@ -71,10 +84,10 @@ class LivenessCheck:
 
 @contextmanager
 def liveness_checked() -> Iterator[LivenessCheck]:
-    """A block in which the loss of a rank becomes one line, printed by one of those left.
+    """A block in which the loss of a rank becomes one line, printed by one of the surviving ranks.
 
     Raises:
-        RunError: what gloo and NCCL raise when a rank is gone, turned into that line.
+        RunError: in place of what gloo, NCCL or `wait_for_gpu` raise when a rank is lost.
     """
     liveness = LivenessCheck()
     try:
@@ -88,3 +101,20 @@ def liveness_checked() -> Iterator[LivenessCheck]:
         raise liveness.failure(text[:160]) from error
     finally:
         liveness.close()
+
+
+def wait_for_gpu(event: torch.cuda.Event, timeout_seconds: float, stop_requested: Callable[[], bool]) -> None:
+    """Returns once the GPU has reached `event`.
+
+    Polls: `event.synchronize()` would never return from an NCCL collective whose peer is lost, and meanwhile Python
+    would handle no signal.
+
+    Raises:
+        DistBackendError: after `timeout_seconds`, or STOP_SECONDS if the rank was asked to stop.
+    """
+    started = time.monotonic()
+    while not event.query():
+        waited = time.monotonic() - started
+        if waited > (min(STOP_SECONDS, timeout_seconds) if stop_requested() else timeout_seconds):
+            raise dist.DistBackendError(f"NCCL: a collective has not finished after {waited:.0f} s")
+        time.sleep(1e-4)

@@ -36,17 +36,28 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def backend_timeout(device: torch.device, timeout_seconds: float) -> float:
+    """The timeout in seconds to give a process group, so that a rank notices a lost peer after `timeout_seconds`.
+
+    NCCL's own must come later than `wait_for_gpu`: its watchdog aborts the process without naming the lost rank.
+    """
+    return timeout_seconds + (60 if device.type == "cuda" else 0)
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """Joins torchrun's process group, NCCL on CUDA and gloo on the CPU; without torchrun, a group of one rank.
+    """Joins torchrun's process group: gloo for the CPU's tensors and all objects, NCCL for a GPU's tensors.
+
+    Without torchrun, a group of one rank. Objects must not go through NCCL: reading one back would block, without a
+    timeout, on a peer that is gone.
 
     The group is destroyed only on success: after a failure the peers may be gone, and destroying it could block.
 
     Raises:
         RunError: a rank did not join in time.
     """
-    timeout = timedelta(seconds=timeout_seconds)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=backend_timeout(device, timeout_seconds))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # on one node, needs no host name that resolves
     if "RANK" in os.environ:

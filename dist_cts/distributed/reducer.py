@@ -1,7 +1,7 @@
-"""The one collective of a meta-step: mean meta-gradient over tasks, with a control tail behind it."""
+"""The one collective per meta-update: the mean meta-gradient over tasks, followed by a control tail."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,15 +14,15 @@ from dist_cts.errors import RunError
 from dist_cts.learner import TaskLearner
 
 Reduction = Literal["mean", "ordered"]
-STEP_MODULUS = 4096  # a sum over 1,024 ranks of steps below it is exact in fp32
+STEP_MODULUS = 4096  # fp32 sums step numbers below it exactly over up to 4,096 ranks
 
 
 @dataclass(frozen=True)
 class Control:
-    """What the ranks told each other with one reduction; equal on every rank.
+    """What the ranks told each other in one reduction; the same on every rank.
 
-    `steps`, `loss`, `accuracy`: per task [T], inner steps since the last reduction and the means over them.
-    `wait_seconds`: per rank [W], time that it waited for its data. `nonfinite`: indices of tasks left out.
+    `steps`, `loss`, `accuracy` [T]: per task, inner steps since the previous reduction and the means over them.
+    `wait_seconds` [W]: per rank, time spent waiting for data. `nonfinite`: indices of the tasks excluded from the mean.
     """
 
     step: int
@@ -35,23 +35,31 @@ class Control:
 
 
 class MetaReducer:
-    """Mean over T tasks of vectors [N], one buffer and one collective a call, whatever the layout of the ranks.
+    """Mean over T tasks of vectors [N]: one buffer and one collective per call, for any number of tasks and ranks.
 
-    The buffer is the sum over this rank's learners and, behind it, the tail: stop request, step, wait seconds [W] and
-    four rows [4, T] of steps, loss, accuracy and non-finite flags. So stopping, NaN and desync are agreed on at the
-    same step everywhere at no extra cost. `ordered` gathers the T vectors and adds them in task order: the same bits
-    on any placement that gives each task one rank, for W times the memory.
+    The buffer holds the sum over this rank's learners, then the tail: stop request, step, wait seconds [W], and four
+    rows [4, T] of steps, loss, accuracy and non-finite flags. All ranks thus agree on stopping, NaN and desync at the
+    same step, at no extra cost. `ordered` gathers the T vectors and adds them in task order: bit-identical on every
+    placement that gives each task one rank, for W times the memory.
     """
 
     def __init__(
-        self, phi: Tensor, learners: list[TaskLearner], placement: Placement, reduction: Reduction = "mean"
+        self,
+        phi: Tensor,
+        learners: list[TaskLearner],
+        placement: Placement,
+        reduction: Reduction = "mean",
+        wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
     ) -> None:
-        """`phi` [N] gives the length, device and dtype; `learners` are this rank's, in task order."""
+        """`phi` [N] gives length, device and dtype; `learners` are this rank's, in task order.
+
+        `wait` returns when a CUDA event has happened, or raises: a reduction whose peer is gone never ends.
+        """
         tasks, world_size = placement.tasks, placement.world_size
         self.numel = numel = phi.numel()
-        self.learners, self.placement, self.reduction = learners, placement, reduction
+        self.learners, self.placement, self.reduction, self.wait = learners, placement, reduction, wait
         taken = Counter[int]()
-        self.places: list[tuple[int, int]] = []  # of each task, with `ordered`: its first rank, and the row there
+        self.places: list[tuple[int, int]] = []  # of each task, for `ordered`: its first rank and its row there
         for first, *_ in placement.assignment:
             self.places.append((first, taken[first]))
             taken[first] += 1
@@ -65,12 +73,12 @@ class MetaReducer:
         self._received: list[Control] = []
 
     def mean(self, gradients: Iterable[Tensor], step: int, scale: float = 1.0) -> Tensor:
-        """`scale` times the mean over all T tasks [N], the same bits on every rank; valid until the next call.
+        """`scale` times the mean over all T tasks [N], bit-identical on every rank; valid until the next call.
 
-        `gradients` yields one vector [N] for each local learner, in order, which this may overwrite. A non-finite one
-        counts as zero and raises its task's flag. Every rank calls this at the same `step`.
+        `gradients` yields one vector [N] per local learner, in order, and may be overwritten. A non-finite one counts
+        as zero and sets its task's flag. Every rank calls this at the same `step`.
         """
-        if self.placement.contributes:  # of a data group, whose ranks hold the same bits, the first
+        if self.placement.contributes:  # the ranks of a data group hold the same vector: the first contributes it
             for row, (gradient, learner) in enumerate(zip(gradients, self.learners, strict=True)):
                 self._add(row, gradient, learner)
         else:
@@ -89,16 +97,16 @@ class MetaReducer:
         return total.mul_(scale / self.placement.tasks)
 
     def exchange(self, step: int) -> None:
-        """Reduces the tail alone: for algorithms that let many steps pass between two meta-updates."""
+        """Reduces only the tail: for algorithms with many steps between two meta-updates."""
         self._pack(step)
         dist.all_reduce(self.tail)
         self._send(self.tail, step)
 
     def received(self, flush: bool = False) -> list[Control]:
-        """The tails that have arrived since the last call, oldest first: all but the newest reduction's.
+        """The tails that have arrived since the last call, oldest first: all but the latest reduction's.
 
-        Reading one reduction late lets a GPU work on the next step meanwhile; `flush` waits for the newest too. Every
-        rank that asks at the same step gets the same answer.
+        Reading one reduction late keeps the GPU busy with the next step; `flush` waits for the latest, too. Every rank
+        that calls this at the same step gets the same result.
 
         Raises:
             RunError: the ranks were not at the same step.
@@ -109,10 +117,11 @@ class MetaReducer:
         return received
 
     def _add(self, row: int, gradient: Tensor, learner: TaskLearner) -> None:
-        # The sum is finite unless an element is not; no value comes back to the host.
-        finite = torch.isfinite(gradient.sum())
+        # Inf or NaN anywhere makes the sum Inf or NaN, and its difference with itself NaN; the host reads no value.
+        total = gradient.sum()
+        finite = total - total == 0
         learner.flag_nonfinite(~finite)
-        # As integers, NaN times 0 is 0, and 1 keeps all bits; on a CPU in half the time of `where`.
+        # As integers, NaN times 0 is 0, and times 1 keeps all bits; on a CPU this takes half the time of `where`.
         if self.reduction == "ordered" or row == 0:
             torch.mul(gradient.view(self.integer), finite, out=self.vectors[row].view(self.integer))
         else:
@@ -121,13 +130,15 @@ class MetaReducer:
 
     def _pack(self, step: int) -> None:
         placement, tail = self.placement, self.tail
-        tail.zero_()
-        tail[0], tail[1] = float(self.stop_requested), step % STEP_MODULUS
-        tail[2 + placement.rank] = sum(learner.take_wait_seconds() for learner in self.learners)
-        rows = tail[2 + placement.world_size :].view(4, placement.tasks)
+        header = [float(self.stop_requested), float(step % STEP_MODULUS), *[0.0] * placement.world_size]
+        header[2 + placement.rank] = sum(learner.take_wait_seconds() for learner in self.learners)
+        # One copy from pinned memory: assigning Python numbers to elements would make the host wait for the GPU.
+        host = torch.tensor(header, dtype=tail.dtype)
+        tail[: len(header)].copy_(host.pin_memory() if tail.is_cuda else host, non_blocking=True)
+        rows = tail[len(header) :].zero_().view(4, placement.tasks)
         for task, learner in zip(placement.local_tasks, self.learners, strict=True):
-            # D data ranks see D slices of one batch: their means count 1 / D each.
-            torch.div(learner.take_statistics(), placement.data_ranks, out=rows[:, task])
+            # The D ranks of a data group see D slices of one batch: their means count 1 / D each.
+            torch.div(learner.take_counters(), placement.data_ranks, out=rows[:, task])
 
     def _send(self, tail: Tensor, step: int) -> None:
         event = None
@@ -138,7 +149,7 @@ class MetaReducer:
             event.record()
         else:
             host = tail.clone()
-        self._receive()  # the tail before this one, which has long arrived
+        self._receive()  # the previous tail; waits only if the host is more than a step ahead of the GPU
         self._pending = (step, host, event)
 
     def _receive(self) -> None:
@@ -147,10 +158,10 @@ class MetaReducer:
         step, tail, event = self._pending
         self._pending = None
         if event is not None:
-            event.synchronize()
+            self.wait(event)
         tasks, world_size = self.placement.tasks, self.placement.world_size
         if tail[1] != world_size * (step % STEP_MODULUS):
-            raise RunError(f"the ranks left lock-step at step {step}: restart the run from its checkpoint")
+            raise RunError(f"the ranks are out of sync at step {step}; restart the run from its latest checkpoint")
         steps, loss, accuracy, flags = tail[2 + world_size :].view(4, tasks)
         self._received.append(
             Control(

@@ -1,4 +1,4 @@
-"""Batch norm over a data group, so that D ranks with a D-th of a batch each compute what one rank would."""
+"""Batch norm over a data group, so that D ranks with 1 / D of a batch each compute what one rank would."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """All-reduce in forward and, since every rank's output depends on every input, in backward."""
+    """All-reduce in forward and, because every rank's output depends on every input, in backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -23,7 +23,10 @@ class _SumOverGroup(torch.autograd.Function):
 
 
 class GroupBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with the statistics of the whole group; `nn.SyncBatchNorm` is the same but for GPUs only."""
+    """BatchNorm2d with the batch statistics of a whole process group, in fp32 under autocast, too.
+
+    `nn.SyncBatchNorm` computes the same, but on GPUs only, and there it makes the host wait in every layer.
+    """
 
     group: dist.ProcessGroup
 
@@ -31,25 +34,23 @@ class GroupBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         count = x.numel() // x.shape[1] * self.group.size()
-        mean = _SumOverGroup.apply(x.sum((0, 2, 3)), self.group) / count
-        centred = x - mean[:, None, None]
+        values = x.float()
+        mean = _SumOverGroup.apply(values.sum((0, 2, 3)), self.group) / count
+        centred = values - mean[:, None, None]
         variance = _SumOverGroup.apply((centred * centred).sum((0, 2, 3)), self.group) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def synchronise(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    """The model with its batch norms over `group`; names and parameters stay. None leaves it as it is."""
-    if group is None:
-        return model
-    if next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GroupBatchNorm
-            module.group = group
+def convert_sync_batch_norm(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
+    """The model, in place, with its batch norms over `group`, under the same names; None changes nothing."""
+    if group is not None:
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = GroupBatchNorm
+                module.group = group
     return model

@@ -10,6 +10,7 @@ from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
 from dist_cts.checkpoint.manager import CheckpointConfig
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig
+from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
 from dist_cts.distributed.reducer import Reduction
 from dist_cts.learner import InnerConfig, ResetConfig
 from dist_cts.models import ModelConfig
@@ -43,9 +44,8 @@ class TrainConfig(Config):
     )
     run_dir: Path | None = Field(None, description="run folder; default: runs/ + the config's path below configs/")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast; theta, phi and the reduction stay fp32"
-    )
+    precision: Precision = Field("fp32", description=PRECISION_HELP)
+    deterministic: bool = Field(True, description=DETERMINISTIC_HELP)
     channels_last: bool = Field(False, description="memory format of images and weights")
     placement: Literal["even", "auto"] | dict[str, list[int]] = Field(
         "even",

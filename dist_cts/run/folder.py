@@ -22,6 +22,7 @@ from dist_cts import config
 from dist_cts.atomic import remove_leftovers
 from dist_cts.checkpoint.phi import SNAPSHOTS
 from dist_cts.config import Config
+from dist_cts.distributed.numerics import numerics
 
 PACKAGES = ("dist_cts", "torch", "torchvision", "numpy", "ffcv")
 STOPPED = "stopped"  # stands for exit code 75 where torchrun turns it into 1; the batch scripts look for it
@@ -96,6 +97,7 @@ def environment(device: torch.device, world_size: int) -> dict:
         "packages": {name: _version(name) for name in PACKAGES},
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "numerics": numerics(device),
         "world_size": world_size,
         "threads": torch.get_num_threads(),
     }

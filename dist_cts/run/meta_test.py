@@ -19,6 +19,7 @@ from dist_cts.atomic import replace_file
 from dist_cts.checkpoint.phi import load_phi, named_starts, phi_metadata, run_dir_of
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
+from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
@@ -42,7 +43,8 @@ class MetaTestConfig(Config):
     train_limit: int = Field(0, ge=0, description="class-balanced subset of N training images per target; 0: all")
     eval_points: int = Field(5, gt=0, description="number of evaluations, evenly spaced, the last at the end")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
+    precision: Precision = Field("fp32", description=PRECISION_HELP)
+    deterministic: bool = Field(True, description=DETERMINISTIC_HELP)
     out: Path | None = Field(None, description="output folder; default: meta_test beside the first phi")
     inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
     model: ModelConfig = ModelConfig()
@@ -76,6 +78,7 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
         files = [path for path in map(Path, phis.values()) if path.is_file()]
         config = config.model_copy(update={"out": run_dir_of(files[0]) / "meta_test" if files else Path("runs") / name})
     device = select_device(config.device)
+    set_numerics(device, config.precision, config.deterministic)
     starts = ({"random": None} if config.random else {}) | phis
     if not starts:
         raise ValueError("nothing to test: give --phi, or random=true")
@@ -167,7 +170,7 @@ def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarr
 
 def _result_path(config: MetaTestConfig, job: Job) -> Path:
     # Results are reused only for the same settings and a bit-identical phi.
-    settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device"})
+    settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device", "deterministic"})
     file = Path(job.phi or "")
     phi = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else job.phi
     key = hashlib.sha256(json.dumps([settings, phi], sort_keys=True).encode()).hexdigest()[:12]

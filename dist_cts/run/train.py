@@ -1,15 +1,18 @@
 """The meta-training entry point, from the configuration to the exported phi."""
 
 from contextlib import closing, nullcontext
+from functools import partial
 
 import torch.distributed as dist
 
 from dist_cts.algorithms.table import Algorithm, make_algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
 from dist_cts.distributed.balance import Costs, describe_assignment
-from dist_cts.distributed.peer_failure import liveness_checked
+from dist_cts.distributed.numerics import set_numerics
+from dist_cts.distributed.peer_failure import liveness_checked, wait_for_gpu
 from dist_cts.distributed.placement import Placement, data_group, describe_ranks
 from dist_cts.distributed.process_group import (
+    backend_timeout,
     check_layouts,
     check_same_bits,
     process_group,
@@ -17,7 +20,7 @@ from dist_cts.distributed.process_group import (
     select_device,
 )
 from dist_cts.distributed.reducer import MetaReducer
-from dist_cts.distributed.sync_batch_norm import synchronise
+from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.errors import RunError
 from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
@@ -49,6 +52,7 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
     config = config.with_run_dir()
     (config.run_dir / folder.STOPPED).unlink(missing_ok=True)
     device = select_device(config.device)
+    set_numerics(device, config.precision, config.deterministic)
     with process_group(device, config.timeout_seconds), stop_requests() as stop, liveness_checked() as liveness:
         fresh = fresh and not folder.restarted()
         costs = shared_costs(config, device, fresh) if config.placement == "auto" else None
@@ -68,9 +72,9 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
         liveness.describe = lambda ranks: (
             f"{describe_ranks(assignment, config.task_names, ranks)}, in step {progress.step},"
         )
-        group = data_group(placement, config.timeout_seconds)
+        group = data_group(placement, backend_timeout(device, config.timeout_seconds))
         for learner in learners:
-            learner.data_group, learner.model = group, synchronise(learner.model, group)
+            learner.data_group, learner.model = group, convert_sync_batch_norm(learner.model, group)
         layout = learners[0].flat.body_layout
         check_layouts(layout)
         state = TrainState(initial_phi(config, layout, device), layout, learners, progress)
@@ -89,7 +93,8 @@ def _run(
     """Resumes, runs Algorithm 2 with the hooks after every step, and exports phi."""
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
     resumed = checkpoints.load_newest(state, config)
-    reducer = MetaReducer(state.phi, state.learners, placement, config.reduction)
+    wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
+    reducer = MetaReducer(state.phi, state.learners, placement, config.reduction, wait)
     steps = config.episodes * config.inner_steps
     with raise_on_all_ranks(), folder.writing(config.run_dir):
         if placement.rank == 0:

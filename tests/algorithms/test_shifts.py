@@ -50,7 +50,7 @@ def test_the_exact_shift_is_a_fresh_episode_from_the_new_phi_in_momentum_and_bat
         learner.inner_step()
     assert torch.equal(shifted.theta, fresh.theta)
     assert shifted.batches.step == fresh.batches.step == k + 1
-    assert shifted.statistics[0] == k + 1  # a replayed step is no new one
+    assert shifted.counters[0] == k + 1  # a replayed step is no new one
 
 
 def test_the_exact_shift_replays_nothing_after_the_last_step():

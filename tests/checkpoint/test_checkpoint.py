@@ -28,7 +28,7 @@ from dist_cts.config import Config
 from dist_cts.distributed.placement import data_group, place
 from dist_cts.distributed.process_group import process_group
 from dist_cts.distributed.reducer import MetaReducer
-from dist_cts.distributed.sync_batch_norm import synchronise
+from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
@@ -64,7 +64,7 @@ def start(rank, world_size, folder, config=None, warn=print):
     for task in placement.local_tasks:
         model, head = models.build(TINY, 3 + task, "head", task)
         batches = MemoryBatches(task, classes=3 + task, data_rank=placement.data_rank, data_ranks=placement.data_ranks)
-        model = synchronise(model, group)
+        model = convert_sync_batch_norm(model, group)
         learners.append(TaskLearner(f"task/{task}", model, head, batches, config.inner, data_group=group))
     layout = learners[0].flat.body_layout
     phi = torch.zeros(layout.numel)

@@ -18,7 +18,7 @@ class StubLearner:
     def flag_nonfinite(self, flag):
         self.flag += flag
 
-    def take_statistics(self):
+    def take_counters(self):
         taken = torch.tensor([2.0, 2.0 * self.task, 1.0, self.flag.item()])
         self.flag.zero_()
         return taken
@@ -86,7 +86,7 @@ def leave_lock_step(rank):
 
 def test_ranks_at_different_steps_are_noticed(run_ranks):
     for rank, message in enumerate(run_ranks(2, leave_lock_step)):
-        assert message.startswith(f"the ranks left lock-step at step {5 + rank}")
+        assert message.startswith(f"the ranks are out of sync at step {5 + rank}")
 
 
 def test_one_collective_a_step_and_its_bytes_at_64_ranks(monkeypatch):

@@ -21,7 +21,7 @@ from dist_cts.learner import TaskLearner
 from dist_cts.run.hooks import Hooks
 
 fault = json.loads(os.environ["FAULT"])
-peer_failure.LOOK, peer_failure.PATIENCE = 0.1, 1.5
+peer_failure.POLL_SECONDS, peer_failure.ANSWER_SECONDS = 0.1, 1.5
 
 
 def flip_bits(path: str) -> None:

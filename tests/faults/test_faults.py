@@ -106,8 +106,8 @@ def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(train, fa
     assert codes[1 - rank] == 1, err
     (line,) = errors(err)
     assert line == (
-        f"error: rank {rank} (task {'ab'[rank]}), in step {step}, is gone or does not answer; "
-        "the same command goes on from the newest checkpoint"
+        f"error: rank {rank} (task {'ab'[rank]}), in step {step}, died or does not respond; "
+        "run the same command to resume from the latest checkpoint"
     )
     codes, err = train()
     assert codes == [0, 0], err
@@ -130,7 +130,7 @@ def test_a_rank_killed_in_the_middle_of_any_file_of_a_checkpoint_loses_nothing(
 def test_a_rank_killed_while_the_thetas_are_tested_loses_nothing(train, fault, tmp_path, undisturbed):
     codes, err = train("eval_every=5", environment=fault("kill", 1, at="test", step=15))
     assert codes == [1, -signal.SIGKILL]
-    assert "rank 1 (task b), in step 15, is gone" in err
+    assert "rank 1 (task b), in step 15, died" in err
     assert train("eval_every=5")[0] == [0, 0]
     assert_equal(phi(tmp_path / "run"), undisturbed)
 

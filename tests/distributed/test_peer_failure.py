@@ -1,0 +1,98 @@
+"""Lost peers: waiting for a GPU that never finishes, and the roll call."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from dist_cts.distributed import peer_failure
+from dist_cts.distributed.peer_failure import LivenessCheck, liveness_checked, wait_for_gpu
+from dist_cts.errors import RankError, RunError
+from dist_cts.run.shutdown import stop_requests
+
+
+class FakeEvent:
+    """A CUDA event that happens at the n-th query; never without n."""
+
+    def __init__(self, happens_at=None):
+        self.queries, self.happens_at = 0, happens_at
+
+    def query(self):
+        self.queries += 1
+        return self.queries == self.happens_at
+
+
+def test_waiting_ends_when_the_event_has_happened():
+    event = FakeEvent(happens_at=3)
+    wait_for_gpu(event, 60, lambda: False)
+    assert event.queries == 3
+
+
+def test_waiting_ends_at_the_timeout():
+    with pytest.raises(dist.DistBackendError, match="a collective has not finished after 0 s"):
+        wait_for_gpu(FakeEvent(), 0.05, lambda: False)
+
+
+def test_sigterm_is_handled_while_waiting_and_shortens_it(monkeypatch):
+    monkeypatch.setattr(peer_failure, "STOP_SECONDS", 0.05)
+    with stop_requests() as stop:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(dist.DistBackendError):
+            wait_for_gpu(FakeEvent(), 1e9, lambda: stop.made)
+        assert stop.made
+
+
+def wait_for_a_lost_rank(rank):
+    """What rank 0 raises when its GPU waits for rank 1, which answers no roll call."""
+    peer_failure.ANSWER_SECONDS = 0.2
+    error = None
+    if rank == 0:
+        try:
+            with liveness_checked():
+                wait_for_gpu(FakeEvent(), 0.05, lambda: False)
+        except RunError as caught:
+            error = caught
+    dist.barrier()
+    return str(error), getattr(error, "speaker", None)
+
+
+def test_the_lost_rank_is_named_by_the_rank_that_waited(run_ranks):
+    (text, speaker), _ = run_ranks(2, wait_for_a_lost_rank)
+    assert text.startswith("rank 1 died or does not respond; run the same command to resume")
+    assert speaker == 0
+
+
+def fail_with_all_ranks_alive(rank):
+    peer_failure.ANSWER_SECONDS, peer_failure.POLL_SECONDS = 20.0, 0.02
+    try:
+        with liveness_checked():
+            dist.barrier()
+            raise dist.DistBackendError("out of memory")
+    except RunError as error:
+        dist.barrier()
+        return str(error)
+
+
+def test_a_failure_without_a_lost_rank_says_so(run_ranks):
+    for text in run_ranks(2, fail_with_all_ranks_alive):
+        assert text.startswith("a collective failed although every rank is alive (out of memory); run the same")
+
+
+def test_a_store_that_does_not_answer_bounds_the_roll_call(monkeypatch):
+    class CutOff:
+        def compare_set(self, *_):
+            time.sleep(60)
+
+    monkeypatch.setattr(peer_failure, "ANSWER_SECONDS", 0.02)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        liveness = LivenessCheck()
+        liveness._store = CutOff()
+        error = liveness.failure("timed out")
+    finally:
+        dist.destroy_process_group()
+    assert type(error) is RankError
+    assert "the other ranks and the store of torchrun are out of reach (timed out); run the same" in str(error)

@@ -242,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, help="default %(default)s; the paper has 128")
     add("--draws", type=int, default=10, help="default %(default)s")
     add("--float64", action="store_true", help="three times as long; float32 hides errors below about 1e-5")
-    add("--out", type=Path, default=RESULTS, help="folder for fig3.png, .pdf and .json (default %(default)s)")
+    add("--out", type=Path, default=RESULTS, help="folder for fig3.png and .json (default %(default)s)")
     return parser
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +32,6 @@ METHOD_LOOKS = {
 LANDSCAPE = LinearSegmentedColormap.from_list("landscape", ["#4a4a4a", "#8d8d8d", "#c8c8c8", "#ffffff"])
 HALO = [Stroke(linewidth=3.2, foreground="white"), Normal()]  # lines stay legible on a dark map
 
-logging.getLogger("fontTools").setLevel(logging.ERROR)  # it minds the date inside matplotlib's fonts
 plt.rcParams.update(
     {
         "figure.dpi": 100,
@@ -48,7 +46,6 @@ plt.rcParams.update(
         "legend.frameon": False,
         "legend.fontsize": 8,
         "mathtext.fontset": "cm",
-        "pdf.fonttype": 42,
     }
 )
 
@@ -91,14 +88,13 @@ def path(ax: Axes, points: Tensor, look: dict) -> None:
 
 
 def save(fig: Figure, out: Path, name: str, numbers: dict) -> None:
-    """OUT/NAME.png, .pdf and .json; the JSON also says when and on what it was made."""
+    """Writes OUT/NAME.png and .json; the JSON also says when and on what it was made."""
     out.mkdir(parents=True, exist_ok=True)
     fig.savefig(out / f"{name}.png")
-    fig.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
     plt.close(fig)
     record = {"date": str(date.today()), "machine": f"{platform.machine()}, torch {torch.__version__}"} | numbers
     (out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    print(f"{out / name}.png, .pdf, .json", flush=True)
+    print(f"{out / name}.png, .json", flush=True)
 
 
 def main(description: str, draw: Sequence[Callable[[Path], None]]) -> None:

@@ -44,7 +44,7 @@ def test_a_figure_comes_with_its_numbers(tmp_path):
     figures.landscape(ax, points, points.square().sum(1) + 1, "sum")
     figures.plane(ax, "title")
     figures.save(fig, tmp_path, "name", {"value": 3})
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".pdf", ".png"]
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".png"]
     record = json.loads((tmp_path / "name.json").read_text())
     assert record["value"] == 3
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -80,11 +80,13 @@ def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The meta-test's learning rate over `steps`: multi-step (x 0.2 at 40, 70, 90 %), cosine or constant."""
+def make_schedule(
+    optimizer: torch.optim.Optimizer, name: str, steps: int, factor: float = 0.2
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The meta-test's learning rate over `steps`: multi-step (x `factor` at 40, 70, 90 %), cosine or constant."""
     if name == "multi-step":
         milestones = [round(steps * share) for share in (0.4, 0.7, 0.9)]
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=factor)
     if name == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.helpers.commands import ENVIRONMENT, ROOT
 
 # Python imports this at its start.

@@ -1,6 +1,5 @@
 """Configs: strict, and every file in configs/ loads."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -56,10 +55,11 @@ def test_every_shipped_config_loads(path):
 
 
 def test_every_config_has_a_run_folder_of_its_own():
-    default_run_dir = runpy.run_path(str(ROOT / "launch" / "train.py"))["default_run_dir"]
-    assert len({default_run_dir(path) for path in CONFIGS}) == len(CONFIGS)
-    assert default_run_dir(ROOT / "configs" / "paper" / "cts.yaml") == Path("runs/paper/cts")
-    assert default_run_dir(Path("/elsewhere/mine.yaml")) == Path("runs/mine")
+    settings = TrainConfig(tasks=["a"], algorithm="leap")
+    assert len({settings.with_run_dir(path).run_dir for path in CONFIGS}) == len(CONFIGS)
+    assert settings.with_run_dir(ROOT / "configs" / "paper" / "cts.yaml").run_dir == Path("runs/paper/cts")
+    assert settings.with_run_dir(Path("/elsewhere/mine.yaml")).run_dir == Path("runs/mine")
+    assert settings.with_run_dir().run_dir == Path("runs/leap")
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
@@ -120,6 +120,7 @@ def test_a_base_file_is_extended(write):
         ("episodes: 3", [], r"'tasks' is required"),
         ("- a\n- b", [], r"expected `key: value` lines, found a list"),
         ("tasks: [a", [], r"not a YAML file"),
+        ("tasks: [a, b]\nalgorithm: mtl", ["inner.optimizer=adam"], r"algorithm=mtl with inner.optimizer=adam"),
         ("base: a.yaml", [], r"comes back to itself"),
         ("tasks: !!python/object/apply:os.system [ls]", [], r"not a YAML file"),
     ],

@@ -52,15 +52,15 @@ def test_the_table_marks_the_best_of_every_column():
 @pytest.mark.parametrize(
     ("schedule", "share"),
     [
-        ("multi-step", lambda step: 0.2 ** ((step >= 8) + (step >= 14) + (step >= 18))),  # 40, 70 and 90 % of 20 steps
+        ("multi-step", lambda step: 0.3 ** ((step >= 8) + (step >= 14) + (step >= 18))),  # 40, 70 and 90 % of 20 steps
         ("cosine", lambda step: (1 + math.cos(math.pi * step / 20)) / 2),
         ("constant", lambda step: 1.0),
     ],
 )
 def test_every_step_is_taken_at_the_rate_of_its_schedule(monkeypatch, tasks, schedule, share):
     config = MetaTestConfig(
-        targets=["a"], steps=20, schedule=schedule, batch_size=8, inner={"lr": 0.1}, model={"name": "tiny"},
-        data={"root": tasks}, eval_points=2,
+        targets=["a"], steps=20, schedule=schedule, schedule_factor=0.3, batch_size=8, inner={"lr": 0.1},
+        model={"name": "tiny"}, data={"root": tasks}, eval_points=2,
     )  # fmt: skip
     rates, inner_step = [], TaskLearner.inner_step
     monkeypatch.setattr(
@@ -69,6 +69,23 @@ def test_every_step_is_taken_at_the_rate_of_its_schedule(monkeypatch, tasks, sch
     curve = adapt(config, Job("a", "random", None, seed=0), torch.device("cpu"))
     assert [point["step"] for point in curve] == [10, 20]
     assert rates == pytest.approx([0.1 * share(step) for step in range(20)])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_and_weights_have_the_configured_memory_format(monkeypatch, tasks, channels_last):
+    config = MetaTestConfig(
+        targets=["a"], steps=1, eval_points=1, batch_size=8, model={"name": "tiny"}, data={"root": tasks},
+        channels_last=channels_last,
+    )  # fmt: skip
+    seen, inner_step = [], TaskLearner.inner_step
+
+    def watched(learner):
+        inner_step(learner)
+        seen.extend([learner.batch[0], learner.model.conv2.weight])
+
+    monkeypatch.setattr(TaskLearner, "inner_step", watched)
+    adapt(config, Job("a", "random", None, seed=0), torch.device("cpu"))
+    assert [t.is_contiguous(memory_format=torch.channels_last) for t in seen] == [channels_last] * 2
 
 
 def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_path, capsys):

@@ -67,10 +67,12 @@ def observe_fomaml_plus_plus(learner: TaskLearner) -> None:
 def fomaml_plus_plus(learner: TaskLearner, phi: Tensor) -> Tensor:
     """The mean of the inner gradients at theta_0 .. theta_(K-1) [N]: MAML++'s multi-step loss, to first order.
 
-    The weights 1/K are those that MAML++ starts from (Antoniou et al., 2018, section 4), and keep it on FOMAML's scale.
-    They cost nothing, being what the inner steps computed. With plain SGD this is (phi - theta_K) / (alpha K), Reptile
-    on another scale; momentum and weight decay part the two. (The released code names no FOMAML++. What it can do, a
-    FOMAML update in every inner step without a shift, is no_shifting with meta_gradient=fomaml.)
+    MAML++ takes the losses at theta_1 .. theta_K, with weights that start at 1/K (Antoniou et al., 2018, section 4).
+    Here theta_0 stands for theta_K, because the gradients at theta_0 .. theta_(K-1) are those of the inner steps and
+    cost nothing; the two means differ by 1/K of one gradient's change along the episode. The weights 1/K keep the sum
+    on FOMAML's scale. With plain SGD this is (phi - theta_K) / (alpha K), Reptile on another scale, and its beta is
+    alpha K times Reptile's; momentum and weight decay part the two. (The released code names no FOMAML++. A FOMAML
+    update in every inner step without a shift is no_shifting with meta_gradient=fomaml.)
     """
     return torch.div(learner.memory["gradient"], learner.memory["steps"], out=_spent_gradient(learner))
 

@@ -78,6 +78,15 @@ class TrainConfig(Config):
             raise ValueError(f"tasks: duplicate task name {duplicates[0]!r} in {', '.join(self.task_names)}")
         return self
 
+    @model_validator(mode="after")
+    def _joint_training_is_linear(self) -> "TrainConfig":
+        if self.algorithm == "mtl" and self.inner.optimizer == "adam" and len(self.tasks) > 1:
+            raise ValueError(
+                "algorithm=mtl with inner.optimizer=adam: the mean of the tasks' Adam steps is not a step of joint "
+                "training; use sgd or nesterov"
+            )
+        return self
+
     @property
     def task_names(self) -> list[str]:
         """In task order."""

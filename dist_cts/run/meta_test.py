@@ -38,13 +38,15 @@ class MetaTestConfig(Config):
     steps: int = Field(1000, gt=0, description="inner steps of an adaptation")
     batch_size: int = Field(128, gt=0, description="images per step")
     schedule: Literal["multi-step", "cosine", "constant"] = Field(
-        "multi-step", description="multi-step: lr x 0.2 at 40, 70 and 90 % of the steps"
+        "multi-step", description="multi-step: lr x schedule_factor at 40, 70 and 90 % of the steps"
     )
+    schedule_factor: float = Field(0.2, gt=0, le=1, description="of multi-step; the released code takes 0.3")
     train_limit: int = Field(0, ge=0, description="class-balanced subset of N training images per target; 0: all")
     eval_points: int = Field(5, gt=0, description="number of evaluations, evenly spaced, the last at the end")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     precision: Precision = Field("fp32", description=PRECISION_HELP)
     deterministic: bool = Field(True, description=DETERMINISTIC_HELP)
+    channels_last: bool = Field(False, description="memory format of images and weights")
     out: Path | None = Field(None, description="output folder; default: meta_test beside the first phi")
     inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
     model: ModelConfig = ModelConfig()
@@ -132,13 +134,15 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
     test = open_task(folder, "test", config.data, device)
     key = hashed_seed(job.seed, "meta-test")
     indices = balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
-    batches = TaskBatches(train, key, config.batch_size, config.data, indices=indices)
+    channels_last = config.channels_last
+    batches = TaskBatches(train, key, config.batch_size, config.data, channels_last=channels_last, indices=indices)
     model, head = models.build(config.model, train.manifest.classes, key, job.target)
+    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    learner = TaskLearner(job.target, model.to(device), head, batches, config.inner, autocast=autocast)
+    learner = TaskLearner(job.target, model, head, batches, config.inner, autocast=autocast)
     if job.phi is not None:
         load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), job.phi)
-    schedule = make_schedule(learner.optimizer, config.schedule, config.steps)
+    schedule = make_schedule(learner.optimizer, config.schedule, config.steps, config.schedule_factor)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
     curve = []
     for step in range(1, config.steps + 1):

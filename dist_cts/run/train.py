@@ -120,6 +120,11 @@ def _announce(
     log_rank0(f"{config.algorithm}: {evaluations:g} gradient evaluations per task and meta-update")
     if warning := algorithm.cost_note(K):
         log_rank0(f"{config.algorithm} {warning}")
+    if config.algorithm == "cts" and config.inner.optimizer == "adam":
+        log_rank0(
+            "warning: with inner.optimizer=adam the error of the shift has no bound, and the paper found much worse "
+            "initializations (supplement A); inner.optimizer=sgd has momentum"
+        )
     if config.placement != "even":
         log_rank0(describe_assignment(placement.assignment, config.task_names, costs))
     if resumed is not None:

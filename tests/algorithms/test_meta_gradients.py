@@ -58,6 +58,9 @@ def test_fomaml_plus_plus_is_the_mean_inner_gradient_and_with_plain_sgd_reptile_
     got = named(learner, meta_gradients.fomaml_plus_plus(learner, phi)).clone()
     torch.testing.assert_close(got, sum(A * (in_closed_form(k) - C) for k in range(6)) / 6)
     torch.testing.assert_close(got, named(learner, meta_gradients.reptile(learner, phi)) / (6 * ALPHA))
+    # MAML++'s mean over theta_1 .. theta_K differs by 1 / K of one gradient's change along the episode.
+    plus_plus = sum(A * (in_closed_form(k) - C) for k in range(1, 7)) / 6
+    torch.testing.assert_close(plus_plus - got, A * (in_closed_form(6) - in_closed_form(0)) / 6)
 
 
 def test_fomaml_plus_plus_has_no_weight_decay_in_it():

@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from dist_cts.learner import InnerConfig
 from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import DONE, STOPPED
@@ -95,6 +96,12 @@ def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(tra
     code, seen = train(config)
     assert code == DONE
     assert_same(seen, expected)
+
+
+@pytest.mark.parametrize(("optimizer", "warned"), [("adam", True), ("sgd", False)])
+def test_cts_with_adam_warns(train, config, capfd, optimizer, warned):
+    train(config.model_copy(update={"inner": InnerConfig(optimizer=optimizer), "episodes": 1}))
+    assert ("warning: with inner.optimizer=adam" in capfd.readouterr().err) == warned
 
 
 def test_a_loss_beyond_its_limit_is_reported_once_for_each_task(train, config, capfd):

@@ -1,14 +1,12 @@
 """The tables of benchmarks/paper/README.md are those that its JSON files make."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
-sys.path.insert(0, str(PAPER))
-import tables
+from benchmarks.paper import tables
 
+PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
 PAGE = (PAPER / "README.md").read_text()
 
 

@@ -1,7 +1,7 @@
 """Runs the long-horizon study whose protocol is long_horizon.md: K up to 1000, paired seeds, every beta tuned.
 
 Each finished run is one JSON file under --results, which is all that a later call needs to resume; run folders under
---work only spare an interrupted run its steps. long_horizon_report.py turns the files into tables and figures.
+--work only spare an interrupted run its steps. tables.py and long_horizon_figures.py show the files.
 
 python benchmarks/paper/long_horizon.py data.root=data/long_horizon
 On a GPU, at the paper's size:
@@ -20,8 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from long_horizon_runs import Run, Study, execute, random_initialization
-
+from benchmarks.paper.long_horizon_runs import Run, Study, execute, random_initialization
 from dist_cts.data import beton
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the JSON files of benchmarks/results/paper: what stands between its markers.
+"""Writes the tables of README.md and long_horizon.md, between their markers, from the JSON files of the results.
 
 python benchmarks/paper/tables.py            a test fails while a table and its JSON differ
 """
@@ -6,8 +6,10 @@ python benchmarks/paper/tables.py            a test fails while a table and its 
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+from benchmarks.paper import long_horizon_report
 from dist_cts.run.report import interval
 
 HERE = Path(__file__).resolve().parent
@@ -199,18 +201,32 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def rendered(text: str) -> str:
+def study(name: str) -> str:
+    """A table of the long-horizon study."""
+    records = long_horizon_report.read(long_horizon_report.FOLDER)
+    head, *rows = long_horizon_report.TABLES[name](records)
+    return markdown(head, rows) if rows else "No run yet.\n"
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": TABLES,
+    "long_horizon.md": {name: partial(study, name) for name in long_horizon_report.TABLES},
+}
+
+
+def rendered(text: str, tables: dict[str, Callable[[], str]]) -> str:
     """A page with each of its tables made from the JSON files.
 
     Raises:
         KeyError: a marker names no table.
     """
-    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+    return BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
 
 
 def main() -> None:
-    page = HERE / "README.md"
-    page.write_text(rendered(page.read_text()))
+    for name, tables in PAGES.items():
+        page = HERE / name
+        page.write_text(rendered(page.read_text(), tables))
 
 
 if __name__ == "__main__":

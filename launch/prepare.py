@@ -1,4 +1,4 @@
-"""Prepares data sets for training: from raw downloads to .beton files, a folder for each task.
+"""Prepares datasets for training: converts raw downloads to .beton files, one folder per task.
 
     python launch/prepare.py DATASET --root RAW --out BETON_DIR [--split-classes a:b] [--pixels N] [--limit N]
     python launch/prepare.py --suite paper-8 --root RAW --out BETON_DIR
@@ -27,13 +27,13 @@ from dist_cts.data.prepare.task import RAW_UP_TO, OptionError, Options, prepare,
 def class_range(text: str) -> tuple[int, int]:
     first, _, stop = text.partition(":")
     if not (first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range a:b with a < b, such as 0:100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range a:b with a < b, such as 0:100")
     return int(first), int(stop)
 
 
 def folder_name(text: str) -> str:
     if not text.strip(".") or set(text) & set("/\\\0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name for a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid folder name")
     return text
 
 
@@ -41,36 +41,39 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare.py",
         usage="prepare.py (DATASET | --suite SUITE) [--root RAW] --out BETON_DIR [options]; see --help",
-        description="Make a task (train.beton, test.beton and their manifests) of a data set. "
-        "What is already there and intact is left alone. Other commands: `prepare.py list`, "
+        description="Prepare a dataset as a task: train.beton, test.beton and their manifests. "
+        "A task that is already prepared and intact is left untouched. Other commands: `prepare.py list`, "
         "`prepare.py verify BETON_DIR ...`, `prepare.py show TASK/train.beton --to sheet.png`.",
-        epilog="\n".join(["data sets, and where to get them (`prepare.py list` tells more):", *places()]),
+        epilog="\n".join(["datasets and their sources (details: `prepare.py list`):", *places()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("dataset", nargs="?", metavar="DATASET", help="one of the data sets below")
-    add("--suite", help=f"prepare many tasks instead: {', '.join(suites.NAMES)}, or a YAML file that lists tasks")
-    add("--root", type=Path, help="the folder with the raw data, in their original layout; for a suite, of all")
-    add("--download", action="store_true", help="fetch the raw data into ROOT first, where torchvision can")
-    add("--out", type=Path, required=True, help="where the task's folder goes")
-    add("--name", type=folder_name, help="that folder's name (default: the data set and its class range)")
+    add("dataset", nargs="?", metavar="DATASET", help="one of the datasets below")
+    add("--suite", help=f"prepare several tasks: {', '.join(suites.NAMES)}, or a YAML file with a list of tasks")
+    add("--root", type=Path, help="raw data in their original layout; for a suite, one subfolder per dataset")
+    add("--download", action="store_true", help="first download the raw data into ROOT, where torchvision can")
+    add("--out", type=Path, required=True, help="output folder, with one subfolder per task")
+    add("--name", type=folder_name, help="name of the task (default: dataset and class range)")
+    add("--split-classes", type=class_range, metavar="a:b", help="use only classes a to b-1, counted from 0")
+    add("--pixels", type=int, help="resize images to N x N (default: depends on the dataset)")
+    add("--limit", type=int, help="class-balanced random subset of N train images")
+    add("--test-fraction", type=float, help="test share per class, for datasets without a test split (default: 0.2)")
+    add("--seed", type=int, default=0, help="random seed of the test split and the limit (default: 0)")
+    add("--mode", choices=("raw", "jpg"), help=f"image storage (default: raw up to {RAW_UP_TO} px, jpg above)")
     add(
-        "--split-classes", type=class_range, metavar="a:b", help="only classes a to b-1, counted from 0: 0:100, 100:200"
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="if an image cannot be decoded: stop, or skip it and list it in the manifest (default: stop)",
     )
-    add("--pixels", type=int, help="side that images are resized to (default: the data set's own)")
-    add("--limit", type=int, help="at most so many train images, a random choice with equal classes")
-    add("--test-fraction", type=float, help="of each class, if the data set has no split (default: mostly 0.2)")
-    add("--seed", type=int, default=0, help="of that split and of the limit (default 0)")
-    add("--mode", choices=("raw", "jpg"), help=f"how images are stored (default: raw up to {RAW_UP_TO} px, then jpg)")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="images that do not decode (default stop)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: the cores there are)")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: number of cores)")
     return parser
 
 
 def places() -> list[str]:
     width = max(map(len, catalog.CATALOG))
     lines = [f"  {entry.name:<{width}}  {entry.where}" for entry in catalog.CATALOG.values()]
-    return [*lines, f"  {'embedded:TASK':<{width}}  a task that dist_cts draws itself; --suite demo is all of them"]
+    return [*lines, f"  {'embedded:TASK':<{width}}  a task drawn by dist_cts itself; --suite demo prepares all of them"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,10 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
     usage = parser()
     args = usage.parse_args(arguments)
     if bool(args.dataset) == bool(args.suite):
-        usage.error("name one data set or one --suite")
+        usage.error("expected either a dataset or --suite")
     try:
         options = Options(**{key: getattr(args, key) for key in Options.model_fields})
-        tasks = suites.suite(args.suite) if args.suite else [suites.Task(dataset=args.dataset)]
+        tasks = suites.suite(args.suite) if args.suite else [suites.SuiteTask(dataset=args.dataset)]
         entries = [task.entry for task in tasks]
     except ValidationError as error:
         fault = error.errors()[0]
@@ -95,15 +98,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as fault:
         usage.error(str(fault))
     if args.workers < 1:
-        usage.error(f"argument --workers: at least 1, not {args.workers}")
+        usage.error(f"argument --workers: expected at least 1, not {args.workers}")
     if args.root is None and any(
         entry.needs_root and not task.root for entry, task in zip(entries, tasks, strict=True)
     ):
-        usage.error(f"{args.dataset or args.suite} needs --root, the folder with the raw data")
+        usage.error(f"{args.dataset or args.suite} needs --root, the folder of the raw data")
     if args.name and args.suite:
-        usage.error("--name is for one data set, not for a suite")
+        usage.error("--name cannot be combined with --suite")
     if args.download and not args.suite and not entries[0].download:
-        usage.error(f"{args.dataset} cannot be downloaded by a program; where to get it: {entries[0].where}")
+        usage.error(f"--download is not available for {args.dataset}; source: {entries[0].where}")
     try:
         if args.download:
             for entry in entries:
@@ -112,14 +115,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (OptionError, FileNotFoundError) as fault:
         usage.error(str(fault))
     except NotThere as fault:
-        print(f"error: {fault}; where to get the data: {entries[0].where}", file=sys.stderr)
+        print(f"error: {fault}; source of the raw data: {entries[0].where}", file=sys.stderr)
     except (ValueError, OSError, ImportError) as fault:
         print(f"error: {fault}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"error: stopped; what is complete in {args.out} stays, the same command goes on", file=sys.stderr)
+        print(f"error: interrupted; complete tasks in {args.out} are kept; rerun to prepare the rest", file=sys.stderr)
         if args.suite:
             sys.stderr.flush()
-            os._exit(1)  # threads in the middle of a file would hold the exit up; what they leave is deleted next time
+            os._exit(1)  # do not wait for threads in the middle of a file; the next run deletes their temporary files
     return 1
 
 
@@ -141,12 +144,12 @@ def _one(entry: catalog.Entry, options: Options, args: argparse.Namespace) -> in
     return 0
 
 
-def _suite(tasks: list[suites.Task], options: Options, args: argparse.Namespace) -> int:
+def _suite(tasks: list[suites.SuiteTask], options: Options, args: argparse.Namespace) -> int:
     given = {key: value for key, value in options if value != Options.model_fields[key].default}
     tasks = [task.model_copy(update=given | ({"expected": None} if given else {})) for task in tasks]
     start = time.monotonic()
 
-    def done(task: suites.Task, folder: Path, outcome: suites.Outcome) -> None:
+    def done(task: suites.SuiteTask, folder: Path, outcome: suites.Outcome) -> None:
         if isinstance(outcome, Exception):
             print(f"{folder}: {suites.verdict(task, outcome)}", flush=True)
         else:
@@ -159,12 +162,13 @@ def _suite(tasks: list[suites.Task], options: Options, args: argparse.Namespace)
 
 
 def _list(arguments: list[str]) -> int:
-    argparse.ArgumentParser(prog="prepare.py list", description="Show the catalog.").parse_args(arguments)
+    argparse.ArgumentParser(prog="prepare.py list", description="List the datasets and suites.").parse_args(arguments)
     for entry in catalog.CATALOG.values():
         train, test = entry.counts or (None, None)
         size = f"{train:,} train, {f'{test:,}' if test else 'no'} test images, " if entry.counts else ""
         kind = f"{entry.classes} classes, " if entry.classes else ""
-        print(f"{entry.name}: {size}{kind}{entry.pixels or 'its own'} px, {'grey' if entry.channels == 1 else 'RGB'}")
+        colour = "greyscale" if entry.channels == 1 else "RGB"
+        print(f"{entry.name}: {size}{kind}{entry.pixels or 'original'} px, {colour}")
         for label, text in (
             ("from", entry.where),
             ("cite", entry.citation),
@@ -180,10 +184,8 @@ def _list(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    usage = argparse.ArgumentParser(prog="prepare.py verify", description="Check .beton files against their manifests.")
-    usage.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help=".beton files, or folders to search for them"
-    )
+    usage = argparse.ArgumentParser(prog="prepare.py verify", description="Verify .beton files.")
+    usage.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".beton files, or folders that contain them")
     paths, faults = usage.parse_args(arguments).paths, 0
     for path in paths:
         manifests = [file.with_suffix(".beton") for file in path.rglob("*.json")] if path.is_dir() else []
@@ -195,7 +197,7 @@ def _verify(arguments: list[str]) -> int:
                 print(f"error: {fault}", file=sys.stderr)
                 faults += 1
         if path.is_dir() and not any(path.rglob("*.beton")):
-            raise ValueError(f"{path}: no .beton files in it or below")
+            raise ValueError(f"{path}: no .beton files found")
     return 1 if faults else 0
 
 
@@ -203,11 +205,11 @@ def _show(arguments: list[str]) -> int:
     usage = argparse.ArgumentParser(prog="prepare.py show", description="Draw random images with their labels.")
     usage.add_argument("beton", type=Path, help="a .beton file")
     usage.add_argument("--to", type=Path, required=True, help="the PNG to write")
-    usage.add_argument("--count", type=int, default=40, help="images (default 40)")
+    usage.add_argument("--count", type=int, default=40, help="number of images (default: 40)")
     usage.add_argument("--seed", type=int, default=0)
     args = usage.parse_args(arguments)
     if args.count < 1:
-        usage.error(f"argument --count: at least 1, not {args.count}")
+        usage.error(f"argument --count: expected at least 1, not {args.count}")
     contact_sheet.draw(args.beton, args.to, args.count, args.seed)
     print(f"{args.to}: written")
     return 0
@@ -219,14 +221,14 @@ COMMANDS = {"list": _list, "verify": _verify, "show": _show}
 def summary(entry: catalog.Entry, folder: Path, train: Manifest, test: Manifest, seconds: float, whole: bool) -> str:
     line = (
         f"{folder}: {train.count:,} train and {test.count:,} test images, {train.classes} classes, "
-        f"{train.pixels} x {train.pixels} {'RGB' if train.channels == 3 else 'grey'}, {train.mode}, "
+        f"{train.pixels} x {train.pixels} {'RGB' if train.channels == 3 else 'greyscale'}, {train.mode}, "
         f"{(train.bytes + test.bytes) / 1e6:,.0f} MB, {seconds:.1f} s"
     )
     skipped = len(train.skipped) + len(test.skipped)
     if skipped:
-        line += f"; left out {skipped} that do not decode: `skipped` in the manifests names them"
+        line += f"; skipped {skipped} that cannot be decoded, listed as `skipped` in the manifests"
     if whole and entry.counts and sum(entry.counts) != train.count + test.count + skipped:
-        line += f"; the whole data set has {entry.counts[0]:,} and {entry.counts[1]:,}"
+        line += f"; the full dataset has {entry.counts[0]:,} and {entry.counts[1]:,}"
     return line
 
 

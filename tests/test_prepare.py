@@ -57,14 +57,14 @@ def test_ranges_limit_and_default_names(tmp_path, photos):
     assert beton.verify(tmp_path / "out/photos-1-3/test.beton").count == 10
 
 
-def test_what_is_there_and_intact_is_left_alone(tmp_path, photos, capsys):
+def test_an_intact_task_is_left_untouched(tmp_path, photos, capsys):
     arguments = ("image-folder", "--root", photos, "--pixels", 6, "--name", "mine")
     run(tmp_path, *arguments)
     path = tmp_path / "mine/train.beton"
     before, stamp = path.read_bytes(), path.stat().st_mtime_ns
     capsys.readouterr()
     assert run(tmp_path, *arguments) == 0
-    assert "already there and intact" in capsys.readouterr().out
+    assert "already prepared and intact" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == stamp
 
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -77,23 +77,47 @@ def test_what_is_there_and_intact_is_left_alone(tmp_path, photos, capsys):
     assert path.read_bytes() != before
 
     assert run(tmp_path, "digits", "--name", "mine") == 1
-    assert "holds another data set" in capsys.readouterr().err
+    assert "holds another dataset" in capsys.readouterr().err
 
 
-def test_images_that_do_not_decode(tmp_path, photos, capsys):
+def test_images_that_cannot_be_decoded(tmp_path, photos, capsys):
     (photos / "bee/3.png").write_bytes((photos / "bee/3.png").read_bytes()[:90])
     arguments = ("image-folder", "--root", photos, "--pixels", 6, "--name", "mine")
     assert run(tmp_path, *arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "bee/3.png: does not decode" in error
+    assert "bee/3.png: cannot be decoded" in error
     assert error.count("\n") == 1
     assert run(tmp_path, *arguments, "--on-error", "skip") == 0
-    assert "left out 1" in capsys.readouterr().out
+    assert "skipped 1 that cannot be decoded" in capsys.readouterr().out
     manifests = [beton.verify(tmp_path / f"mine/{split}.beton") for split in ("train", "test")]
     assert sum(manifest.count for manifest in manifests) == 29
     (line,) = manifests[0].skipped + manifests[1].skipped
     assert "bee/3.png" in line
+
+
+def test_a_missing_root_leaves_the_task_and_its_log_alone(tmp_path, photos, capsys):
+    arguments = ("image-folder", "--pixels", 6, "--name", "mine", "--root")
+    run(tmp_path / "out", *arguments, photos)
+    before = {path: path.read_bytes() for path in (tmp_path / "out/mine").iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", *arguments, tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "out", *arguments, tmp_path / "empty") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "gone: not found" in printed.err
+    assert "empty: no class folders found" in printed.err
+    assert {path: path.read_bytes() for path in (tmp_path / "out/mine").iterdir()} == before
+
+
+def test_a_single_class_is_a_warning(tmp_path, photos, capsys):
+    (tmp_path / "alone").mkdir()
+    (photos / "ant").rename(tmp_path / "alone/ant")
+    assert run(tmp_path / "out", "image-folder", "--root", tmp_path / "alone", "--pixels", 6) == 0
+    assert "warning: " in (out := capsys.readouterr().out)
+    assert "only one class, ant; classification needs at least two" in out
 
 
 def test_jpg_mode(tmp_path):
@@ -113,22 +137,22 @@ def test_an_embedded_task_keeps_its_bits(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        ([], "name one data set or one --suite"),
-        (["digits", "--suite", "demo"], "name one data set or one --suite"),
-        (["nothing"], "no data set 'nothing'"),
-        (["--suite", "nothing"], "no suite 'nothing'"),
+        ([], "expected either a dataset or --suite"),
+        (["digits", "--suite", "demo"], "expected either a dataset or --suite"),
+        (["nothing"], "unknown dataset 'nothing'"),
+        (["--suite", "nothing"], "unknown suite 'nothing'"),
         (["gtsrb"], "gtsrb needs --root"),
         (["digits", "--pixels", "0"], "--pixels"),
         (["digits", "--pixels", "x"], "--pixels"),
         (["digits", "--limit", "-1"], "--limit"),
         (["digits", "--test-fraction", "1"], "--test-fraction"),
         (["digits", "--workers", "0"], "--workers"),
-        (["digits", "--split-classes", "5:5"], "'5:5' is no range"),
-        (["digits", "--split-classes", "5"], "'5' is no range"),
+        (["digits", "--split-classes", "5:5"], "'5:5' is not a range"),
+        (["digits", "--split-classes", "5"], "'5' is not a range"),
         (["digits", "--split-classes", "5:11"], "classes 5:11 are not within 0:10"),
         (["digits", "--limit", "9"], "limit of 9 images"),
-        (["digits", "--name", "../x"], "no name for a folder"),
-        (["--suite", "demo", "--name", "x"], "--name is for one data set"),
+        (["digits", "--name", "../x"], "not a valid folder name"),
+        (["--suite", "demo", "--name", "x"], "--name cannot be combined with --suite"),
     ],
 )
 def test_bad_usage_exits_with_2_and_a_line(tmp_path, capsys, arguments, fault):
@@ -144,7 +168,7 @@ def test_missing_raw_data_exit_with_2_and_say_where_to_get_them(tmp_path, capsys
         run(tmp_path, "gtsrb", "--root", tmp_path / "gone")
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert "gone: there is no such folder" in error
+    assert "gone: not found" in error
     assert "torchvision.datasets.GTSRB" in error
 
 

@@ -12,5 +12,5 @@ def test_every_data_set_says_where_to_get_it():
 
 @pytest.mark.parametrize("name", ["letters", "embedded:nothing", "cifar"])
 def test_an_unknown_data_set_shows_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"no data set '{name}'.*kmnist.*embedded:letters"):
+    with pytest.raises(ValueError, match=rf"unknown dataset '{name}'.*kmnist.*embedded:letters"):
         catalog.entry(name)

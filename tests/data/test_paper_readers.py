@@ -1,4 +1,4 @@
-"""Readers of the paper's data sets, each on a tiny copy of the original layout, unpacked and as archives."""
+"""Readers of the paper's datasets, each on a tiny copy of the original layout, extracted and as archives."""
 
 import gzip
 import io
@@ -99,7 +99,7 @@ def test_cub(tmp_path, packed):
     check(test, [(0, pixels[1])])
     if not packed:
         (home / "train_test_split.txt").write_text("1 1\n2 0\n")
-        with pytest.raises(ValueError, match="do not name the same images"):
+        with pytest.raises(ValueError, match="do not list the same images"):
             read("cub", home)
 
 
@@ -131,7 +131,7 @@ def test_stanford_cars(tmp_path, packed):
 
 def test_cars_with_a_class_that_is_none(tmp_path):
     make_cars(tmp_path / "stanford_cars", labels=((2, 3), (1,)))
-    with pytest.raises(ValueError, match=r"cars_train_annos\.mat: class 3 is none of 1\.\.2"):
+    with pytest.raises(ValueError, match=r"cars_train_annos\.mat: class 3, expected 1\.\.2"):
         read("stanford-cars", tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_quickdraw_faults_name_the_file(tmp_path):
     with pytest.raises(NotThere, match=r"no CLASS\.npy"):
         read("quickdraw", tmp_path)
     np.save(tmp_path / "ant.npy", np.zeros((199, 784), np.uint8))
-    with pytest.raises(ValueError, match=r"ant\.npy: 199 drawings where 200"):
+    with pytest.raises(ValueError, match=r"ant\.npy: 199 drawings, expected at least 200"):
         read("quickdraw", tmp_path)
     np.save(tmp_path / "ant.npy", np.zeros((200, 783), np.uint8))
     with pytest.raises(ValueError, match=r"ant\.npy: uint8 \[200, 783\]"):
@@ -334,7 +334,7 @@ def test_images_in_archives_that_do_not_decode_are_named(tmp_path):
     (home / "train/n01/images/n01_0.JPEG").write_bytes(b"text")
     pack(tmp_path / "tiny-imagenet-200.zip", home, ".")
     train, _ = read("tiny-imagenet", tmp_path)
-    with pytest.raises(ValueError, match=r"train/n01/images/n01_0\.JPEG: does not decode"):
+    with pytest.raises(ValueError, match=r"train/n01/images/n01_0\.JPEG: cannot be decoded"):
         train.load(0)
 
 

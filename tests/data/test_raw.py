@@ -83,15 +83,15 @@ def test_truncated_images_are_named(tmp_path, suffix):
     image = Image.fromarray(pixels)
     image.save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
     (tmp_path / f"cut.{suffix}").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    with pytest.raises(ValueError, match=rf"cut\.{suffix}: does not decode"):
+    with pytest.raises(ValueError, match=rf"cut\.{suffix}: cannot be decoded"):
         raw.open_image(tmp_path / f"cut.{suffix}")
 
 
 def test_missing_foreign_and_floating_point_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.png: does not decode"):
+    with pytest.raises(ValueError, match=r"gone\.png: cannot be decoded"):
         raw.open_image(tmp_path / "gone.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.png: does not decode"):
+    with pytest.raises(ValueError, match=r"text\.png: cannot be decoded"):
         raw.open_image(tmp_path / "text.png")
     with pytest.raises(ValueError, match=r"image\.tif: floating-point"):
         reopened(tmp_path, Image.fromarray(np.zeros((2, 2), np.float32)), "tif")
@@ -144,5 +144,5 @@ def test_limit_is_balanced_seeded_and_nested():
     assert loaded(many) == sorted(loaded(many))
     assert loaded(raw.limit(data, 9, seed=1)) != loaded(few)
     assert len(raw.limit(data, 1000, seed=0)) == 63
-    with pytest.raises(ValueError, match="limit of 2 images"):
+    with pytest.raises(ValueError, match="a limit of 2 images"):
         raw.limit(data, 2, seed=0)

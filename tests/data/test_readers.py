@@ -127,10 +127,10 @@ def test_image_folder_faults(tmp_path):
         readers.image_folder(tmp_path)
     save(tmp_path / "train/ant/a.png", 0)
     save(tmp_path / "test/cow/a.png", 0)
-    with pytest.raises(ValueError, match="class cow is not in"):
+    with pytest.raises(ValueError, match="class cow does not exist in"):
         readers.image_folder(tmp_path)
     (tmp_path / "train/bee").mkdir()
-    with pytest.raises(ValueError, match=r"train/bee: no images"):
+    with pytest.raises(ValueError, match=r"train/bee: no images found"):
         readers.image_folder(tmp_path)
 
 
@@ -168,17 +168,17 @@ def test_idx_faults_name_the_file(tmp_path):
     with pytest.raises(ValueError, match="no \\*images-idx3-ubyte"):
         ABC(tmp_path)
     idx_pair(tmp_path, labels=(0, 3))
-    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz: label 3 where 3 classes"):
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz: label 3, expected 0\.\.2"):
         ABC(tmp_path)
     idx_pair(tmp_path, labels=(0, 1, 2))
-    with pytest.raises(ValueError, match=r"\[2, 4, 4\] images do not fit \[3\] labels"):
+    with pytest.raises(ValueError, match=r"images \[2, 4, 4\] do not match labels \[3\]"):
         ABC(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ValueError, match="its labels, train-labels-idx1-ubyte, are not beside it"):
+    with pytest.raises(ValueError, match="label file train-labels-idx1-ubyte not found beside it"):
         ABC(tmp_path)
     idx_pair(tmp_path)
     idx_pair(tmp_path / "other")
-    with pytest.raises(ValueError, match="several data sets"):
+    with pytest.raises(ValueError, match="several datasets"):
         ABC(tmp_path)
 
 

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from dist_cts.data.prepare import embedded, suites
-from dist_cts.data.prepare.suites import Task, suite
+from dist_cts.data.prepare.suites import SuiteTask, suite
 from launch.prepare import main
 from tests.data.test_readers import make_tiny_imagenet
 
@@ -24,14 +24,14 @@ def test_the_suites_are_the_papers_tables():
 
 
 def test_an_unknown_suite_is_refused():
-    with pytest.raises(ValueError, match=r"no suite 'all'; there are paper-8"):
+    with pytest.raises(ValueError, match=r"unknown suite 'all'; expected paper-8"):
         suite("all")
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("dataset: x", "not a list"), ("- dataset: x", "no data set 'x'"), ("- {dataset: digits, x: 1}", "x: Extra"),
-     ("- {dataset: digits, pixels: 0}", "pixels"), ("[", "not a YAML file")],
+    [("dataset: x", "expected a list of tasks"), ("- dataset: x", "unknown dataset 'x'"),
+     ("- {dataset: digits, x: 1}", "x: Extra"), ("- {dataset: digits, pixels: 0}", "pixels"), ("[", "not a YAML file")],
 )  # fmt: skip
 def test_a_wrong_suite_file_is_refused(tmp_path, text, fault):
     (tmp_path / "mine.yaml").write_text(text)
@@ -70,7 +70,11 @@ def test_a_suite_prepares_what_is_there_and_tells_what_is_missing(tmp_path, caps
     make_tiny_imagenet(tmp_path / "raw/tiny-imagenet-200")
     (tmp_path / "raw/cub").mkdir()
     (tmp_path / "raw/cub/CUB_200_2011.tgz").write_bytes(b"<html>")
-    tasks = [Task(dataset="tiny-imagenet", split_classes=(0, 2)), Task(dataset="cub"), Task(dataset="svhn")]
+    tasks = [
+        SuiteTask(dataset="tiny-imagenet", split_classes=(0, 2)),
+        SuiteTask(dataset="cub"),
+        SuiteTask(dataset="svhn"),
+    ]
     ended = []
     outcomes = suites.prepare_all(
         tasks,
@@ -88,9 +92,9 @@ def test_a_suite_prepares_what_is_there_and_tells_what_is_missing(tmp_path, caps
     assert "missing: launch/prepare.py svhn --download" in table[3]
     said = []
     suites.prepare_all(tasks[:1], tmp_path / "raw", tmp_path / "out", 2, "stop", said.append)
-    assert "already there and intact" in said[0]
+    assert "already prepared and intact" in said[0]
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"two tasks would be written to .*digits; give them names"):
-        suites.prepare_all([Task(dataset="digits")] * 2, None, tmp_path, 1, "stop")
+    with pytest.raises(ValueError, match=r"two tasks would be written to .*digits; give them different names"):
+        suites.prepare_all([SuiteTask(dataset="digits")] * 2, None, tmp_path, 1, "stop")

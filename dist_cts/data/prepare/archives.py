@@ -1,4 +1,4 @@
-"""The files of a data set by their names, whether they lie in folders or in the archives that it is handed out in."""
+"""Finds the files of a dataset by name, in folders or in the archives that it is distributed as."""
 
 import gzip
 import io
@@ -18,27 +18,27 @@ from PIL import Image
 from dist_cts.data.prepare.raw import RawDataset, decode, from_named
 
 Read = Callable[[], bytes]
-LARGEST = 1 << 30  # bytes of a file in an archive; what is packed may claim any size
+LARGEST = 1 << 30  # bytes, limit per file in an archive: a header may claim any size
 
 
 class _Header(tarfile.TarInfo):
-    """A header in a tar; Python's own follows a negative size back to itself for ever."""
+    """A tar header with a checked size; Python's own loops forever on a negative one."""
 
     @classmethod
     def frombuf(cls, *arguments: Any) -> "_Header":
         header = super().frombuf(*arguments)
         if not 0 <= header.size <= LARGEST:
-            raise tarfile.ReadError(f"{header.name} has {header.size:,} bytes")
+            raise tarfile.ReadError(f"{header.name} has {header.size:,} bytes, expected 0 to {LARGEST:,}")
         return header
 
 
 class NotThere(ValueError):
-    """The raw data of a data set are not in the folder that was named."""
+    """The raw data of a dataset are not in the given folder."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files by name; a name starts with the part of the data set, as in train/n01443537/images/n01443537_0.JPEG."""
+    """Files by name; a name starts with its part of the dataset, as in train/n01443537/images/n01443537_0.JPEG."""
 
     home: Path
     reads: dict[str, Read]
@@ -47,11 +47,15 @@ class Files:
         return sorted(name for name in self.reads if name.startswith(f"{folder}/"))
 
     def bytes(self, name: str) -> bytes:
-        """Raises ValueError, naming the file, if it is missing or damaged."""
+        """The content of a file.
+
+        Raises:
+            ValueError: it is missing or damaged; the message names it.
+        """
         try:
             return self.reads[name]()
         except KeyError:
-            raise ValueError(f"{self.home / name}: cannot be read: there is no such file") from None
+            raise ValueError(f"{self.home / name}: cannot be read: file not found") from None
         except Exception as error:  # damaged archives raise almost anything
             raise ValueError(f"{self.home / name}: cannot be read: {error}") from None
 
@@ -65,17 +69,17 @@ class Files:
         return decode(io.BytesIO(self.bytes(name)), self.home / name)
 
     def dataset(self, class_names: list[str], labelled: list[tuple[str, int]]) -> RawDataset:
-        """Images by (name, label), in this order."""
+        """The images of (name, label) pairs, in this order."""
         return from_named(class_names, labelled, self.image)
 
 
 def locate(root: Path, parts: dict[str, str], layout: str) -> Files:
-    """The files of every part, a folder or a file, from the disk or else from the archive that `parts` names for it.
+    """Finds every part (a folder or a file) below `root`, or else the archive that `parts` maps it to.
 
-    The parts lie in the root, in one folder below it, or in a folder below that one; the root may be the archive.
+    Parts are searched in the root, in its subfolders, and in their subfolders; the root itself may be the archive.
 
     Raises:
-        NotThere: a part is missing, and so is its archive; the message shows the layout.
+        NotThere: a part and its archive are missing; the message shows the expected layout.
     """
     if root.is_file() and all(archive == root.name for archive in parts.values()):
         found = {part: root for part in parts}
@@ -87,7 +91,7 @@ def locate(root: Path, parts: dict[str, str], layout: str) -> Files:
             if all(found.values()):
                 return _open(home, found)
     first, archive = next(iter(parts.items()))
-    raise NotThere(f"{root}: no {first} and no {archive} in it or one folder below (expected layout: {layout})")
+    raise NotThere(f"{root}: neither {first} nor {archive} found in it or its subfolders; expected layout: {layout}")
 
 
 def _place(home: Path, names: tuple[str, str], deep: bool) -> Path | None:
@@ -115,13 +119,13 @@ def _open(home: Path, found: dict[str, Path]) -> Files:
 
 
 def _read_file(path: Path) -> bytes:
-    if not path.is_file():  # a pipe would never end
-        raise OSError("there is no such file")
+    if not path.is_file():  # reading a pipe would never end
+        raise OSError("file not found")
     return path.read_bytes()
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Read]]:
-    """Every file in the archive; they can be read in any order and by several threads."""
+    """All files in the archive, readable in any order and from several threads."""
     try:
         if zipfile.is_zipfile(archive):
             file = zipfile.ZipFile(archive)
@@ -133,7 +137,7 @@ def _members(archive: Path) -> Iterator[tuple[str, Read]]:
             with tarfile.open(fileobj=plain, mode="r:", tarinfo=_Header) as tar:
                 for member in tar:
                     if not 0 <= member.size <= end - member.offset_data:
-                        raise tarfile.ReadError(f"{member.name} does not lie in it")
+                        raise tarfile.ReadError(f"{member.name} extends past the end of the archive")
                     if member.isfile():
                         read = partial(_read_at, plain, member.offset_data, member.size)
                         members.append((member.name, member.size, read))
@@ -141,7 +145,7 @@ def _members(archive: Path) -> Iterator[tuple[str, Read]]:
         raise ValueError(f"{archive}: cannot be read: {error}") from None
     for name, size, read in members:
         if size > LARGEST:
-            raise ValueError(f"{archive}: cannot be read: {name} has {size:,} bytes")
+            raise ValueError(f"{archive}: cannot be read: {name} has {size:,} bytes, at most {LARGEST:,} expected")
         yield name, read
 
 
@@ -150,12 +154,12 @@ def _read_at(file: io.BufferedIOBase, offset: int, size: int) -> bytes:
 
 
 def _uncompressed(archive: Path) -> io.BufferedIOBase:
-    """The .tar, or what a compressed one unpacks to: a file without a name, gone when the program ends."""
+    """The .tar file, or a compressed one decompressed into a temporary file that is deleted when the program exits."""
     with open(archive, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     if not compressed:
         return open(archive, "rb")  # its members are read later
-    plain = tempfile.TemporaryFile()  # noqa: SIM115 (read as long as the data set is)
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the dataset)
     with gzip.open(archive) as packed:
         shutil.copyfileobj(packed, plain, 1 << 20)
     plain.seek(0)  # which also flushes: members are read past the buffer

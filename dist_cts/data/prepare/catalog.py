@@ -1,4 +1,4 @@
-"""The catalog: every data set by name, with its reader, its size and where to get it."""
+"""The catalog: every dataset by name, with its reader, its size and its source."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,16 @@ from functools import partial
 from pathlib import Path
 
 from dist_cts.data.prepare import readers, tables, torchvision_sets
+from dist_cts.data.prepare.raw import RawSplits
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 EMBEDDED = "embedded:"
-IMAGENET = "https://image-net.org (an account): ILSVRC2012 train, val and devkit archives, unpacked by class or not"
-IMAGENET_SPLITS = (  # train images, test images, classes: the paper's supplement, Table 4
+IMAGENET = (
+    "https://image-net.org (needs an account): ILSVRC2012 train, val and devkit archives, "
+    "or extracted into train/WNID and val/WNID"
+)
+IMAGENET_SPLITS = (  # train images, test images, classes (paper, supplement, Table 4)
     (146_741, 5_650, 113),
     (169_582, 6_550, 131),
     (151_773, 6_050, 121),
@@ -25,27 +29,27 @@ IMAGENET_SPLITS = (  # train images, test images, classes: the paper's supplemen
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set that launch/prepare.py can make a task of."""
+    """A dataset that launch/prepare.py can turn into a task."""
 
     name: str
-    read: Callable[[Path | None], readers.Split]
+    read: Callable[[Path | None], RawSplits]
     where: str  # where to get it
-    pixels: int | None = None  # the side that images are resized to by default; None: they all have one size, kept
-    counts: tuple[int, int] | None = None  # train and test images of the whole data set; 0: it defines no test part
+    pixels: int | None = None  # default side of the resized images; None: keep their common size
+    counts: tuple[int, int] | None = None  # train and test images of the full dataset; 0: no test part defined
     classes: int | None = None
     channels: int = 3
-    test_fraction: float = 0.2  # of each class, if the data set defines no test part
+    test_fraction: float = 0.2  # of each class, if the dataset defines no test part
     citation: str = ""
-    licence: str = ""  # what its authors say; a note, not advice
+    licence: str = ""  # as stated by its authors
     note: str = ""
-    folder: str = ""  # its folder below a root that holds several data sets, if not `name`
-    download: Callable[[Path], object] | None = None  # puts it below a folder, checksums checked
+    folder: str = ""  # its folder below the root of several datasets, if not `name`
+    download: Callable[[Path], object] | None = None  # downloads into a folder and verifies checksums
     needs_root: bool = True
-    version: str = ""  # of a data set that is computed: two versions are not the same data
+    version: str = ""  # of a generated dataset: different versions give different data
 
 
 def _torchvision(name: str, read: Callable, where: str, **facts) -> Entry:
-    """An entry that torchvision reads and downloads."""
+    """An entry for a dataset that torchvision downloads and reads."""
     return Entry(
         name,
         partial(read, download=False),
@@ -61,13 +65,13 @@ CATALOG = {
         Entry(
             "tiny-imagenet",
             readers.tiny_imagenet,
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked or not",
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip, as archives or extracted",
             pixels=64,
             counts=(100_000, 10_000),
             classes=200,
             citation="Le and Yang 2015",
             licence="images of ImageNet: non-commercial research",
-            note="the paper's two splits are --split-classes 0:100 and 100:200",
+            note="the paper uses two tasks: --split-classes 0:100 and 100:200",
         ),
         _torchvision(
             "cifar100",
@@ -92,13 +96,13 @@ CATALOG = {
         Entry(
             "stanford-dogs",
             readers.stanford_dogs,
-            "http://vision.stanford.edu/aditya86/ImageNetDogs/: images.tar and lists.tar, unpacked or not",
+            "http://vision.stanford.edu/aditya86/ImageNetDogs/: images.tar and lists.tar, as archives or extracted",
             pixels=84,
             counts=(12_000, 8_580),
             classes=120,
             citation="Khosla et al. 2011",
             licence="images of ImageNet: non-commercial research",
-            note="the paper counts 11,999 train images; one of the 12,000 is a PNG with transparency, which we keep",
+            note="12,000 train images, against 11,999 in the paper; one of them is a PNG with transparency, kept here",
         ),
         _torchvision(
             "aircraft",
@@ -109,12 +113,12 @@ CATALOG = {
             classes=100,
             citation="Maji et al. 2013",
             licence="non-commercial research",
-            note="variants; train is trainval; the line with the photographer's name is kept",
+            note="classes are variants; train is trainval; the banner with the photographer's name is not cropped",
         ),
         Entry(
             "cub",
             readers.cub,
-            "https://www.vision.caltech.edu/datasets/cub_200_2011/: CUB_200_2011.tgz, unpacked or not",
+            "https://www.vision.caltech.edu/datasets/cub_200_2011/: CUB_200_2011.tgz, as archives or extracted",
             pixels=84,
             counts=(5_994, 5_794),
             classes=200,
@@ -132,13 +136,13 @@ CATALOG = {
             classes=10,
             citation="Netzer et al. 2011",
             licence="non-commercial use",
-            note="cropped digits, without the extra part",
+            note="cropped digits, without the `extra` split",
         ),
         Entry(
             "stanford-cars",
             readers.stanford_cars,
-            "cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat, unpacked or not; "
-            "their page at ai.stanford.edu is gone, https://github.com/pytorch/vision/issues/7545 lists mirrors",
+            "cars_train.tgz, cars_test.tgz, car_devkit.tgz, cars_test_annos_withlabels.mat, as archives or extracted; "
+            "the page at ai.stanford.edu is offline, https://github.com/pytorch/vision/issues/7545 lists mirrors",
             pixels=84,
             counts=(8_144, 8_041),
             classes=196,
@@ -156,7 +160,7 @@ CATALOG = {
             channels=1,
             citation="Ha and Eck 2017",
             licence="CC BY 4.0",
-            note="100 train and 100 test drawings a class, chosen by a seed",
+            note="100 train and 100 test drawings per class, a seeded random choice",
         ),
         _torchvision(
             "flowers",
@@ -167,7 +171,7 @@ CATALOG = {
             classes=102,
             citation="Nilsback and Zisserman 2008",
             licence="none stated",
-            note="train is train (1,020) and then val (1,020)",
+            note="train is train (1,020) followed by val (1,020)",
         ),
         _torchvision(
             "pets",
@@ -191,7 +195,7 @@ CATALOG = {
             classes=10,
             citation="Coates et al. 2011",
             licence="images of ImageNet: non-commercial research",
-            note="96 x 96 in the source",
+            note="96 x 96 px originally",
         ),
         _torchvision(
             "food101",
@@ -213,8 +217,8 @@ CATALOG = {
             test_fraction=0.25,
             citation="Cimpoi et al. 2014",
             licence="research purposes",
-            note="no union of its folds (40 + 40 + 40 images a class) gives the paper's 4,230 + 1,410, which are 90 + "
-            "30 a class: all three parts of fold 1 together, then a seeded quarter of every class for test",
+            note="the paper's 4,230 + 1,410 images (90 + 30 per class) match no combination of the official splits "
+            "(40 + 40 + 40 per class); here fold 1 is merged and a seeded quarter of each class is the test part",
         ),
         Entry(
             "imagenet",
@@ -237,7 +241,7 @@ CATALOG = {
                 citation="Deng et al. 2009; lists of classes from WordNet 3.0",
                 licence="non-commercial research",
                 folder="imagenet",
-                note="the paper's train count; ours may differ by some images, see benchmarks/paper/imagenet_splits.py",
+                note="the paper's counts; train can differ slightly, see benchmarks/paper/imagenet_splits.py",
             )
             for number, (*counts, classes) in enumerate(IMAGENET_SPLITS, 1)
         ),
@@ -277,12 +281,12 @@ CATALOG = {
             folder="KMNIST",
             download=partial(readers.download_idx, name="KMNIST"),
         ),
-        Entry("image-folder", readers.image_folder, "your own images, in a folder for each class", pixels=64),
-        Entry("table", tables.read, "your own CSV, Parquet or Arrow files: an image and a label a row", pixels=64),
+        Entry("image-folder", readers.image_folder, "your own images, one folder per class", pixels=64),
+        Entry("table", tables.read, "your own CSV, Parquet or Arrow files, one image and label per row", pixels=64),
         Entry(
             "digits",
             readers.digits,
-            "comes with scikit-learn",
+            "included in scikit-learn",
             pixels=8,
             counts=(1_797, 0),
             classes=10,
@@ -294,10 +298,10 @@ CATALOG = {
 
 
 def entry(name: str) -> Entry:
-    """The data set of that name; `embedded:TASK` is one of dist_cts.data.embedded.
+    """The dataset of that name; `embedded:TASK` is a task of dist_cts.data.prepare.embedded.
 
     Raises:
-        ValueError: there is none.
+        ValueError: unknown dataset.
     """
     if name in CATALOG:
         return CATALOG[name]
@@ -307,9 +311,9 @@ def entry(name: str) -> Entry:
         return Entry(
             name,
             partial(readers.embedded, name=name.removeprefix(EMBEDDED)),
-            "drawn by dist_cts.data.embedded",
+            "drawn by dist_cts.data.prepare.embedded",
             needs_root=False,
             version=embedded.VERSION,
         )
     known = ", ".join([*CATALOG, *(EMBEDDED + task for task in embedded.TASKS)])
-    raise ValueError(f"there is no data set {name!r}; there are {known}")
+    raise ValueError(f"unknown dataset {name!r}; known: {known}")

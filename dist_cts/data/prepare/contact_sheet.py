@@ -1,4 +1,4 @@
-"""A picture of random images of a .beton with their labels: what the learner will see."""
+"""Contact sheet: a PNG of random images of a .beton file with their labels."""
 
 import io
 from pathlib import Path
@@ -7,28 +7,29 @@ import numpy as np
 from PIL import Image
 
 from dist_cts.data import beton
+from dist_cts.data.manifest import read_manifest
 
 
 def read(path: Path, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, P, P, 3] and int64 [n]: these images of a .beton, decoded without FFCV, and their labels."""
-    manifest = beton.read_manifest(path)
+    """Images uint8 [n, P, P, 3] of a .beton file, decoded without FFCV, and their labels int64 [n]."""
+    manifest = read_manifest(path)
     side = manifest.pixels
     samples = np.memmap(path, beton.SAMPLE, "r", beton.RECORDS, manifest.count)[indices]
     images, raw = np.empty((len(indices), side, side, 3), np.uint8), manifest.mode == "raw"
     with open(path, "rb") as file:
         for image, pointer in zip(images, samples["image"]["pointer"], strict=True):
             file.seek(int(pointer))
-            data = file.read(image.nbytes + (0 if raw else 4096))  # a JPEG says itself where it ends
+            data = file.read(image.nbytes + (0 if raw else 4096))  # a JPEG decoder finds the end itself
             image[:] = np.frombuffer(data, np.uint8).reshape(image.shape) if raw else Image.open(io.BytesIO(data))
     return images, samples["label"].astype(np.int64)
 
 
 def draw(path: Path, out: Path, count: int = 40, seed: int = 0) -> None:
-    """Writes a PNG of `count` random images, each under its class name.
+    """Writes a PNG of `count` random images with their class names.
 
     Raises:
-        FileNotFoundError: the .beton or its manifest is missing.
-        ValueError: the two do not fit.
+        FileNotFoundError: the .beton file or its manifest does not exist.
+        ValueError: they do not match.
     """
     from matplotlib.figure import Figure
 

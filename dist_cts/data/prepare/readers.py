@@ -1,8 +1,7 @@
-"""Readers: from a data set's original layout to train and test images with labels.
+"""Readers: from the original layout of a dataset to labelled train and test images.
 
-A reader takes the folder and returns (train, test), or (everything, None) where the data set defines no split. Classes
-are in the order of their sorted names unless the data set numbers them itself; images are in the order of their
-classes and then of their sorted paths, or in the order of the list that the data set ships.
+A reader takes a folder and returns (train, test), or (everything, None) if the dataset defines no split. Classes are
+sorted by name unless the dataset numbers them; images are sorted by class and path, or follow the dataset's own list.
 """
 
 import csv
@@ -18,16 +17,15 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from dist_cts.data.prepare.archives import Files, NotThere, locate
-from dist_cts.data.prepare.raw import RawDataset, from_files, inside
+from dist_cts.data.prepare.raw import RawDataset, RawSplits, from_files, inside
 from dist_cts.seeds import hashed_seed
 
-Split = tuple[RawDataset, RawDataset | None]
-PACKS = 1032  # what deflate makes of a byte, at most
+PACKS = 1032  # the largest compression ratio of deflate
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def tiny_imagenet(root: Path) -> Split:
-    """TinyImageNet: train/WNID/images, and val, which serves as test, labelled by val/val_annotations.txt."""
+def tiny_imagenet(root: Path) -> RawSplits:
+    """TinyImageNet: train/WNID/images, and val as test, labelled by val/val_annotations.txt."""
     layout = "wnids.txt, train/WNID/images and val/val_annotations.txt, or tiny-imagenet-200.zip"
     files = locate(root, dict.fromkeys(("wnids.txt", "train", "val"), "tiny-imagenet-200.zip"), layout)
     wnids = sorted(files.text("wnids.txt").split())
@@ -38,21 +36,21 @@ def tiny_imagenet(root: Path) -> Split:
         if PurePath(name).suffix.lower() in IMAGES and name.split("/")[1] in label_of
     ]
     if not wnids or len(label_of) < len(wnids) or len({label for _, label in train}) < len(wnids):
-        raise ValueError(f"{files.home}/wnids.txt: it names no class, one twice or one without images in train")
+        raise ValueError(f"{files.home}/wnids.txt: empty, or names a class twice or without images in train")
     test = []
     for number, line in enumerate(files.text("val/val_annotations.txt").splitlines(), 1):
         columns = line.split("\t")
         if len(columns) < 2 or columns[1] not in label_of:
-            raise ValueError(f"{files.home}/val/val_annotations.txt: line {number} names no class of wnids.txt")
+            raise ValueError(f"{files.home}/val/val_annotations.txt: line {number}: no class of wnids.txt")
         test.append((f"val/images/{columns[0]}", label_of[columns[1]]))
     there = [name for name in files.below("val/images") if PurePath(name).suffix.lower() in IMAGES]
     if there != sorted(name for name, _ in test):
-        raise ValueError(f"{files.home}/val/val_annotations.txt: its images are not those of val/images, each once")
+        raise ValueError(f"{files.home}/val/val_annotations.txt: does not list each image of val/images exactly once")
     return files.dataset(wnids, train), files.dataset(wnids, test)
 
 
-def stanford_dogs(root: Path) -> Split:
-    """Stanford Dogs: Images/WNID-BREED, train_list.mat, test_list.mat; classes by folder name, as it numbers them."""
+def stanford_dogs(root: Path) -> RawSplits:
+    """Stanford Dogs: Images/WNID-BREED, train_list.mat, test_list.mat; classes sorted by folder name."""
     layout = "Images/WNID-BREED, train_list.mat and test_list.mat, or images.tar and lists.tar"
     files = locate(root, {"Images": "images.tar", "train_list.mat": "lists.tar", "test_list.mat": "lists.tar"}, layout)
     lists = [
@@ -65,15 +63,15 @@ def stanford_dogs(root: Path) -> Split:
     return files.dataset(names, labelled[0]), files.dataset(names, labelled[1])
 
 
-def cub(root: Path) -> Split:
-    """CUB-200-2011: images.txt, image_class_labels.txt and train_test_split.txt; classes in its own order."""
+def cub(root: Path) -> RawSplits:
+    """CUB-200-2011: images.txt, image_class_labels.txt and train_test_split.txt; classes in the dataset's order."""
     lists = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
     layout = f"{', '.join(lists)} and images/CLASS, or CUB_200_2011.tgz"
     files = locate(root, dict.fromkeys((*lists, "images"), "CUB_200_2011.tgz"), layout)
     classes, images, labels, train = (_numbered(files, name) for name in lists)
     if not images.keys() == labels.keys() == train.keys():
-        raise ValueError(f"{files.home}: {', '.join(lists[1:])} do not name the same images")
-    number = {key: label for label, key in enumerate(classes)}  # in the order of the file, 001.Black_footed_Albatross
+        raise ValueError(f"{files.home}: {', '.join(lists[1:])} do not list the same images")
+    number = {key: label for label, key in enumerate(classes)}  # in file order: 001.Black_footed_Albatross, ...
     if unknown := set(labels.values()) - set(number):
         raise ValueError(f"{files.home}/image_class_labels.txt: class {min(unknown)} is not in classes.txt")
     parts = [
@@ -83,8 +81,8 @@ def cub(root: Path) -> Split:
     return files.dataset(list(classes.values()), parts[0]), files.dataset(list(classes.values()), parts[1])
 
 
-def stanford_cars(root: Path) -> Split:
-    """Stanford Cars: cars_train, cars_test and their annotations; classes as its cars_meta.mat numbers them."""
+def stanford_cars(root: Path) -> RawSplits:
+    """Stanford Cars: cars_train, cars_test and their annotations; classes as numbered by cars_meta.mat."""
     test_labels, train_labels = "cars_test_annos_withlabels.mat", "cars_train_annos.mat"
     devkit = dict.fromkeys(("cars_meta.mat", train_labels), "car_devkit.tgz")
     parts = {"cars_train": "cars_train.tgz", "cars_test": "cars_test.tgz"} | devkit | {test_labels: test_labels}
@@ -98,19 +96,19 @@ def stanford_cars(root: Path) -> Split:
         except (ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{files.home}/{table}: cannot be read: {error}") from None
         if wrong := [label + 1 for _, label in labelled if not 0 <= label < len(names)]:
-            raise ValueError(f"{files.home}/{table}: class {wrong[0]} is none of 1..{len(names)}")
+            raise ValueError(f"{files.home}/{table}: class {wrong[0]}, expected 1..{len(names)}")
         splits.append(files.dataset(names, labelled))
     return splits[0], splits[1]
 
 
-def quickdraw(root: Path, images: int = 100, seed: int = 0) -> Split:
-    """QuickDraw's numpy bitmaps, CLASS.npy of uint8 [N, 784]: `images` random ones a class to train, as many to test.
+def quickdraw(root: Path, images: int = 100, seed: int = 0) -> RawSplits:
+    """QuickDraw's NumPy bitmaps, CLASS.npy of uint8 [N, 784]; train and test get `images` random drawings per class.
 
-    Which they are follows from the seed and the class name alone.
+    The choice depends on the seed and the class name only.
     """
     paths = {path.stem.removeprefix("full_numpy_bitmap_"): path for path in root.rglob("*.npy")}
     if not paths:
-        raise NotThere(f"{root}: no CLASS.npy in it or below")
+        raise NotThere(f"{root}: no CLASS.npy files found")
     names, pixels, chosen = sorted(paths), [], []
     for name in names:
         try:
@@ -118,9 +116,9 @@ def quickdraw(root: Path, images: int = 100, seed: int = 0) -> Split:
         except Exception as error:  # damaged files raise almost anything
             raise ValueError(f"{paths[name]}: cannot be read: {' '.join(str(error).split())}") from None
         if drawings.dtype != np.uint8 or drawings.ndim != 2 or drawings.shape[1] != 784:
-            raise ValueError(f"{paths[name]}: {drawings.dtype} {list(drawings.shape)}, not uint8 [N, 784]")
+            raise ValueError(f"{paths[name]}: {drawings.dtype} {list(drawings.shape)}, expected uint8 [N, 784]")
         if len(drawings) < 2 * images:
-            raise ValueError(f"{paths[name]}: {len(drawings)} drawings where {2 * images} are needed")
+            raise ValueError(f"{paths[name]}: {len(drawings)} drawings, expected at least {2 * images}")
         random = np.random.default_rng(hashed_seed("quickdraw", seed, name))
         chosen.append(random.choice(len(drawings), 2 * images, replace=False))
         pixels.append(drawings)
@@ -133,17 +131,17 @@ def quickdraw(root: Path, images: int = 100, seed: int = 0) -> Split:
     return part(0), part(images)
 
 
-def imagenet(root: Path, split: int | None = None) -> Split:
-    """ImageNet-1k: train/WNID and val/WNID, which serves as test; all classes, or those of one of the eight splits.
+def imagenet(root: Path, split: int | None = None) -> RawSplits:
+    """ImageNet-1k: train/WNID, and val/WNID as test; all classes, or those of one of the eight splits.
 
-    Where only the original archives are there, torchvision unpacks them first (into train and val beside them).
+    If only the original archives exist, torchvision first extracts them into train and val beside them.
     """
     homes = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
     home = next((folder for folder in homes if all((folder / part).is_dir() for part in ("train", "val"))), None)
     if home is None:
         archives = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
         if not all((root / name).exists() for name in archives):
-            raise NotThere(f"{root}: no train/WNID and val/WNID, and not all of {', '.join(archives)}")
+            raise NotThere(f"{root}: neither train/WNID and val/WNID nor all of {', '.join(archives)} found")
         from torchvision.datasets import ImageNet
 
         for part in ("train", "val"):
@@ -152,15 +150,15 @@ def imagenet(root: Path, split: int | None = None) -> Split:
     wnids = imagenet_split(split) if split else None
     parts = []
     for part in ("train", "val"):
-        there = {path.name for path in (home / part).iterdir() if path.is_dir()}
-        names = wnids or sorted(there)
-        if lacking := set(names) - there:
-            raise ValueError(f"{home / part}: {len(lacking)} classes are missing, among them {min(lacking)}")
+        found = {path.name for path in (home / part).iterdir() if path.is_dir()}
+        names = wnids or sorted(found)
+        if lacking := set(names) - found:
+            raise ValueError(f"{home / part}: {len(lacking)} classes are missing, such as {min(lacking)}")
         parts.append(
             (names, [(path, label) for label, name in enumerate(names) for path in _images(home / part / name)])
         )
     if parts[0][0] != parts[1][0]:
-        raise ValueError(f"{home}: train and val do not have the same classes")
+        raise ValueError(f"{home}: train and val have different classes")
     return from_files(*parts[0]), from_files(*parts[1])
 
 
@@ -170,24 +168,24 @@ def imagenet_split(number: int) -> list[str]:
     return [line.split()[0] for line in text.splitlines() if line.startswith("n")]
 
 
-def gtsrb(root: Path) -> Split:
-    """German traffic signs as torchvision unpacks them: GTSRB/Training/CLASS/*.ppm and GT-final_test.csv."""
+def gtsrb(root: Path) -> RawSplits:
+    """German traffic signs in torchvision's layout: GTSRB/Training/CLASS/*.ppm and GT-final_test.csv."""
     home = _find(root, "GTSRB/Training", "GTSRB/Training/CLASS, GTSRB/Final_Test/Images and GT-final_test.csv")
     names, train = _class_folders(home / "GTSRB" / "Training")
     table, test = home / "GT-final_test.csv", []
     label_of = {str(label): label for label in range(len(names))}
     for number, row in enumerate(csv.DictReader(_text(table).splitlines(), delimiter=";"), 2):
         if row.get("ClassId") not in label_of or not row.get("Filename"):
-            raise ValueError(f"{table}: line {number}: no Filename, or none of the classes 0..{len(names) - 1}")
+            raise ValueError(f"{table}: line {number}: no Filename, or ClassId not in 0..{len(names) - 1}")
         path = inside(home / "GTSRB" / "Final_Test" / "Images", row["Filename"])
         test.append((path, label_of[row["ClassId"]]))
     if len({path for path, _ in test}) < len(test):
-        raise ValueError(f"{table}: it names an image twice")
+        raise ValueError(f"{table}: lists an image twice")
     return from_files(names, train), from_files(names, test)
 
 
-def image_folder(root: Path) -> Split:
-    """CLASS/**/IMAGE below train and test (or val) folders; without those, below the root itself."""
+def image_folder(root: Path) -> RawSplits:
+    """CLASS/**/IMAGE in the folders train and test (or val) or, without these, in the root."""
     if not (root / "train").is_dir():
         return from_files(*_class_folders(root)), None
     names, train = _class_folders(root / "train")
@@ -196,12 +194,12 @@ def image_folder(root: Path) -> Split:
         return from_files(names, train), None
     found, files = _class_folders(held_out)
     if unknown := set(found) - set(names):
-        raise ValueError(f"{held_out}: class {min(unknown)} is not in {root / 'train'}")
+        raise ValueError(f"{held_out}: class {min(unknown)} does not exist in {root / 'train'}")
     return from_files(names, train), from_files(names, [(path, names.index(found[i])) for path, i in files])
 
 
-def idx(root: Path, class_names: Sequence[str]) -> Split:
-    """IDX files as MNIST's, gzipped or not, anywhere below the root; a single pair is returned without a split."""
+def idx(root: Path, class_names: Sequence[str]) -> RawSplits:
+    """IDX files (the format of MNIST), gzipped or not, anywhere in the folder; a single pair defines no split."""
     pairs = {}
     for path in sorted(root.rglob("*images*idx3*")):
         if path.is_file():
@@ -209,23 +207,23 @@ def idx(root: Path, class_names: Sequence[str]) -> Split:
     held_out = [path for path in pairs.values() if "t10k" in path.name or "test" in path.name]
     train = [path for path in pairs.values() if path not in held_out]
     if not pairs:
-        raise NotThere(f"{root}: no *images-idx3-ubyte or *images-idx3-ubyte.gz in it or below")
+        raise NotThere(f"{root}: no *images-idx3-ubyte or *images-idx3-ubyte.gz found")
     if len(train) > 1 or len(held_out) > 1:
-        raise ValueError(f"{root}: IDX files of several data sets: {', '.join(map(str, pairs.values()))}")
+        raise ValueError(f"{root}: IDX files of several datasets: {', '.join(map(str, pairs.values()))}")
     parts = [_idx_pair(path, class_names) for path in train + held_out]
     return (parts[0], parts[1]) if len(parts) == 2 else (parts[0], None)
 
 
 def download_idx(root: Path, name: str) -> None:
-    """Fetches Fashion-MNIST or KMNIST by torchvision, into ROOT/NAME/raw."""
+    """Downloads Fashion-MNIST or KMNIST through torchvision into ROOT/NAME/raw."""
     from torchvision import datasets
 
     for train in (True, False):
         getattr(datasets, name)(root, train=train, download=True)
 
 
-def digits(root: Path | None) -> Split:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, which come with the package: there is no folder."""
+def digits(root: Path | None) -> RawSplits:
+    """The 1,797 handwritten digits, 8 x 8, included in scikit-learn; needs no folder."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -233,8 +231,8 @@ def digits(root: Path | None) -> Split:
     return RawDataset(tuple("0123456789"), labels.astype(np.int64), pixels.__getitem__), None
 
 
-def embedded(root: Path | None, name: str) -> Split:
-    """A task of dist_cts.data.embedded, drawn on the spot."""
+def embedded(root: Path | None, name: str) -> RawSplits:
+    """A task of dist_cts.data.prepare.embedded; needs no folder."""
     from dist_cts.data.prepare.embedded import make
 
     train, test = make(name)
@@ -245,7 +243,7 @@ def read_idx(path: Path) -> np.ndarray:
     """The uint8 array of an IDX file, gzipped or not.
 
     Raises:
-        ValueError: it is damaged, or no IDX file of bytes; the message names it.
+        ValueError: it is damaged, or not an IDX file of bytes; the message names it.
     """
     most = path.stat().st_size * (PACKS if path.suffix == ".gz" else 1)
     try:
@@ -260,7 +258,7 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if len(body) != size:
-        raise ValueError(f"{path}: {len(body)} bytes of data where its header says {shape}")
+        raise ValueError(f"{path}: {len(body)} bytes of data, expected {shape} from its header")
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
@@ -268,45 +266,45 @@ def _idx_pair(images: Path, class_names: Sequence[str]) -> RawDataset:
     name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     labels = next((path for path in (images.with_name(name), images.with_name(name + ".gz")) if path.exists()), None)
     if labels is None:
-        raise ValueError(f"{images}: its labels, {name}, are not beside it")
+        raise ValueError(f"{images}: label file {name} not found beside it")
     pixels, classes = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or classes.ndim != 1 or len(pixels) != len(classes):
-        raise ValueError(f"{images}: {list(pixels.shape)} images do not fit {list(classes.shape)} labels in {labels}")
+        raise ValueError(f"{images}: images {list(pixels.shape)} do not match labels {list(classes.shape)} in {labels}")
     if classes.max(initial=0) >= len(class_names):
-        raise ValueError(f"{labels}: label {classes.max()} where {len(class_names)} classes are expected")
+        raise ValueError(f"{labels}: label {classes.max()}, expected 0..{len(class_names) - 1}")
     return RawDataset(tuple(class_names), classes.astype(np.int64), pixels.__getitem__)
 
 
 def _find(root: Path, landmark: str, layout: str) -> Path:
-    """The folder that holds `landmark`: the root or one just below it."""
+    """The folder that contains `landmark`: the root or one of its subfolders."""
     for folder in (root, *sorted(root.iterdir())):
         if (folder / landmark).exists():
             return folder
-    raise NotThere(f"{root}: no {landmark} in it or one folder below (expected layout: {layout})")
+    raise NotThere(f"{root}: {landmark} not found in it or its subfolders; expected layout: {layout}")
 
 
 def _class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """The sorted names of the class folders, and every image below them with its label."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
     if not names:
-        raise ValueError(f"{folder}: no class folders in it")
+        raise ValueError(f"{folder}: no class folders found; expected one subfolder of images per class")
     if broken := [name for name in names if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)]:
-        raise ValueError(f"{folder}: the name of class {broken[0]!r} is not UTF-8 without control characters")
+        raise ValueError(f"{folder}: class name {broken[0]!r} is not UTF-8 or has control characters; rename it")
     return names, [(path, label) for label, name in enumerate(names) for path in _images(folder / name)]
 
 
 def _images(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.name[0] != ".")
     if not files:
-        raise ValueError(f"{folder}: no images in it or below")
+        raise ValueError(f"{folder}: no images found")
     return files
 
 
 def _numbered(files: Files, name: str) -> dict[str, str]:
-    """The rest of every line by its number, with which it starts."""
+    """The lines `number value` of a file as a mapping."""
     rows = [line.split(maxsplit=1) for line in files.text(name).splitlines() if line.strip()]
     if len({row[0] for row in rows if len(row) == 2}) < len(rows):
-        raise ValueError(f"{files.home / name}: a line that is not `number value`, or two of one number")
+        raise ValueError(f"{files.home / name}: a line is not `number value`, or a number occurs twice")
     return dict(rows)
 
 

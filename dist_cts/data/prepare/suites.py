@@ -1,4 +1,4 @@
-"""Suites: several tasks by one name or one YAML file, prepared at once, with a table of what came out."""
+"""Suites: several tasks prepared by one command, defined by name or YAML file, and a table of the results."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +15,15 @@ from dist_cts.data.prepare.catalog import Entry
 from dist_cts.data.prepare.task import Options, prepare, task_name
 
 NAMES = ("paper-8", "paper-targets", "imagenet-8", "imagenet-targets", "demo")
+FOLDER = r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$"  # a plain folder name: no separators, not . or ..
 
 
-FOLDER = r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$"  # a name that does not lead elsewhere
-
-
-class Task(Options):
-    """One task of a suite: a data set of the catalog and what to make of it."""
+class SuiteTask(Options):
+    """One task of a suite: a dataset of the catalog and how to prepare it."""
 
     dataset: str
-    name: str | None = Field(None, pattern=FOLDER)  # its folder below the output; default: data set and class range
-    root: Path | None = None  # its raw data; default: the folder of that name below the root, or the root
+    name: str | None = Field(None, pattern=FOLDER)  # its folder; default: dataset and class range
+    root: Path | None = None  # its raw data; default: the subfolder of the root with its name, or the root
     expected: tuple[int, int, int] | None = None  # train images, test images, classes
 
     @property
@@ -37,7 +35,7 @@ class Task(Options):
         return Options(**{key: getattr(self, key) for key in Options.model_fields})
 
     def raw(self, root: Path | None) -> Path | None:
-        """Where its raw data are, below a root that holds those of several data sets."""
+        """Its raw data, given the root folder of several datasets."""
         if self.root or root is None:
             return self.root and (root or Path()) / self.root
         names = (self.entry.folder or self.dataset, self.dataset)
@@ -45,54 +43,54 @@ class Task(Options):
 
     @property
     def counts(self) -> tuple[int, int, int] | None:
-        """What should come out; None where nothing is known."""
+        """Expected train images, test images and classes; None if unknown."""
         entry = self.entry
         if self.expected or not entry.counts or self.limit or self.split_classes or not entry.counts[1]:
             return self.expected
         return (*entry.counts, entry.classes)
 
 
-def suite(name: str) -> list[Task]:
-    """The tasks of a suite, or of a YAML file: a list of tasks, each with `dataset` and what differs from defaults.
+def suite(name: str) -> list[SuiteTask]:
+    """The tasks of a built-in suite, or of a YAML file with a list of SuiteTask.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such suite, or the file is not a list of tasks.
+        FileNotFoundError: the file does not exist.
+        ValueError: unknown suite, or the file is not a valid list of tasks.
     """
     if name.endswith((".yaml", ".yml")):
         return _from_file(Path(name))
     if name == "demo":
         from dist_cts.data.prepare import embedded
 
-        return [Task(dataset=catalog.EMBEDDED + task) for task in embedded.TASKS]
+        return [SuiteTask(dataset=catalog.EMBEDDED + task) for task in embedded.TASKS]
     if name == "paper-8":
         half = (50_000, 5_000, 100)
         return [
-            Task(dataset="tiny-imagenet", split_classes=(0, 100), expected=half),
-            Task(dataset="tiny-imagenet", split_classes=(100, 200), expected=half),
-            *(Task(dataset=d) for d in ("cifar100", "stanford-dogs", "aircraft", "cub", "fashion-mnist", "svhn")),
+            SuiteTask(dataset="tiny-imagenet", split_classes=(0, 100), expected=half),
+            SuiteTask(dataset="tiny-imagenet", split_classes=(100, 200), expected=half),
+            *(SuiteTask(dataset=d) for d in ("cifar100", "stanford-dogs", "aircraft", "cub", "fashion-mnist", "svhn")),
         ]
     if name == "paper-targets":
-        return [Task(dataset=d) for d in ("stanford-cars", "quickdraw", "flowers", "pets", "stl10")]
+        return [SuiteTask(dataset=d) for d in ("stanford-cars", "quickdraw", "flowers", "pets", "stl10")]
     if name == "imagenet-8":
-        return [Task(dataset=f"imagenet-{number}") for number in range(1, 9)]
+        return [SuiteTask(dataset=f"imagenet-{number}") for number in range(1, 9)]
     if name == "imagenet-targets":
         return [
-            *(Task(dataset=d, pixels=128, name=f"{d}-128px") for d in ("cifar100", "cifar10", "svhn")),
+            *(SuiteTask(dataset=d, pixels=128, name=f"{d}-128px") for d in ("cifar100", "cifar10", "svhn")),
             *(
-                Task(dataset=d, pixels=224, name=f"{d}-224px")
+                SuiteTask(dataset=d, pixels=224, name=f"{d}-224px")
                 for d in ("stanford-dogs", "pets", "flowers", "food101", "cub", "dtd")
             ),
         ]
-    raise ValueError(f"there is no suite {name!r}; there are {', '.join(NAMES)}, or name a .yaml file of tasks")
+    raise ValueError(f"unknown suite {name!r}; expected {', '.join(NAMES)}, or a .yaml file with a list of tasks")
 
 
-def _from_file(path: Path) -> list[Task]:
+def _from_file(path: Path) -> list[SuiteTask]:
     try:
         items = read_yaml(path)
         if not isinstance(items, list) or not items:
-            raise ValueError(f"{path}: not a list of tasks")
-        tasks = [Task.model_validate(item) for item in items]
+            raise ValueError(f"{path}: expected a list of tasks, each with the key `dataset`")
+        tasks = [SuiteTask.model_validate(item) for item in items]
         for task in tasks:
             catalog.entry(task.dataset)
     except ValidationError as error:
@@ -105,25 +103,28 @@ Outcome = tuple[Manifest, Manifest] | Exception
 
 
 def prepare_all(
-    tasks: list[Task],
+    tasks: list[SuiteTask],
     root: Path | None,
     out: Path,
     workers: int,
     on_error: Literal["stop", "skip"],
     log: Callable[[str], object] = print,
-    done: Callable[[Task, Path, Outcome], object] = lambda task, folder, outcome: None,
+    done: Callable[[SuiteTask, Path, Outcome], object] = lambda task, folder, outcome: None,
 ) -> list[Outcome]:
-    """Prepares every task, several at a time, `workers` threads in all; what goes wrong with one does not stop others.
+    """Prepares tasks in parallel with `workers` threads in total; an error in one task does not stop the others.
 
-    `done(task, folder, outcome)` is called as each one ends. The outcome is the manifests or the error.
+    Calls `done(task, folder, outcome)` as each task ends; an outcome is a pair of manifests or the error.
+
+    Raises:
+        ValueError: two tasks would be written to the same folder.
     """
     folders = [out / (task.name or task_name(task.entry, task.raw(root), task.options)) for task in tasks]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise ValueError(f"two tasks would be written to {twice}; give them names")
+        raise ValueError(f"two tasks would be written to {twice}; give them different names")
     at_once = max(1, min(workers, len(tasks)))
 
-    def one(task: Task, folder: Path) -> Outcome:
+    def one(task: SuiteTask, folder: Path) -> Outcome:
         try:
             outcome = prepare(task.entry, task.raw(root), folder, task.options, workers // at_once, on_error, log)
         except (ValueError, OSError, ImportError) as fault:
@@ -138,8 +139,8 @@ def prepare_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def verdict(task: Task, outcome: Outcome) -> str:
-    """ok, differs, missing or failed."""
+def verdict(task: SuiteTask, outcome: Outcome) -> str:
+    """ok, differs (from the expected counts), missing (raw data not found) or failed."""
     if isinstance(outcome, FileNotFoundError | NotThere):
         return "missing"
     if isinstance(outcome, Exception):
@@ -149,9 +150,9 @@ def verdict(task: Task, outcome: Outcome) -> str:
     return "ok" if task.counts in (None, found) else "differs"
 
 
-def table(tasks: list[Task], outcomes: list[Outcome]) -> str:
-    """A line for every task: what was found, what was expected, the verdict, and what to do about it."""
-    rows = [("data set", "train", "test", "classes", "pixels", "expected", "")]
+def table(tasks: list[SuiteTask], outcomes: list[Outcome]) -> str:
+    """One row per task: counts found and expected, the verdict, and what to do about it."""
+    rows = [("dataset", "train", "test", "classes", "pixels", "expected", "")]
     for task, outcome in zip(tasks, outcomes, strict=True):
         name = task.name or "-".join([task.dataset.removeprefix(catalog.EMBEDDED), *map(str, task.split_classes or ())])
         expected = " / ".join(f"{number:,}" for number in task.counts) if task.counts else "-"

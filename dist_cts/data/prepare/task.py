@@ -1,4 +1,4 @@
-"""Preparation: from a data set of the catalog to the .beton files of one task."""
+"""Prepares one task: from a dataset of the catalog to its .beton files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,32 +10,31 @@ from tqdm import tqdm
 
 from dist_cts.config import Config
 from dist_cts.data import beton
-from dist_cts.data.manifest import Manifest
+from dist_cts.data.manifest import AGAIN, Manifest
 from dist_cts.data.prepare import raw
 from dist_cts.data.prepare.catalog import EMBEDDED, Entry
-from dist_cts.data.prepare.raw import RawDataset
-from dist_cts.data.prepare.readers import Split
+from dist_cts.data.prepare.raw import RawDataset, RawSplits
 
-RAW_UP_TO = 128  # a raw image has 49 kB then, and 150 kB at 224 px: 193 GB for ImageNet
+RAW_UP_TO = 128  # pixels: 49 kB per raw image, against 150 kB at 224 px, or 193 GB for ImageNet
 
 
 class Options(Config):
-    """What to make of a data set."""
+    """How to prepare a dataset."""
 
-    split_classes: tuple[int, int] | None = None  # first (from 0) and stop, as in a Python slice
+    split_classes: tuple[int, int] | None = None  # [first, stop), counted from 0
     pixels: int | None = Field(None, ge=1, le=1024)
     limit: int | None = Field(None, ge=1)  # train images
-    test_fraction: float | None = Field(None, gt=0, lt=1)  # where the data set has no split; None: its entry's
+    test_fraction: float | None = Field(None, gt=0, lt=1)  # if the dataset has no split; None: the entry's
     seed: int = 0
     mode: Literal["raw", "jpg"] | None = None  # None: raw up to RAW_UP_TO pixels, jpg above
 
 
 class OptionError(ValueError):
-    """An option that does not fit the data set."""
+    """An option that is invalid for the dataset."""
 
 
 def task_name(entry: Entry, root: Path | None, options: Options) -> str:
-    """The folder of a task that was given no name: the data set (for your own, the file or folder) and class range."""
+    """The default name of a task: the dataset (for your own data, the file or folder) and the class range."""
     name = entry.name.removeprefix(EMBEDDED)
     if entry.name in ("image-folder", "table") and root is not None:
         name = root.stem if root.is_file() else root.resolve().name
@@ -51,12 +50,15 @@ def prepare(
     on_error: Literal["stop", "skip"] = "stop",
     log: Callable[[str], object] = print,
 ) -> tuple[Manifest, Manifest]:
-    """Writes the task `folder` and returns its manifests; does nothing if it is there, intact and of these options.
+    """Writes the task `folder` and returns its manifests; does nothing if it exists, is intact and has these options.
+
+    Nothing is written before the raw data have been found and read.
 
     Raises:
-        OptionError: the class range or the limit does not fit the data set.
-        FileNotFoundError: there is no folder `root`.
-        ValueError: the raw data are not what they should be, or the folder holds another data set.
+        OptionError: the class range or the limit is invalid for the dataset.
+        FileNotFoundError: `root` does not exist.
+        ValueError: the raw data are incomplete or damaged, or the folder holds another dataset.
+        ImportError: a library needed for this dataset or for mode jpg is missing.
     """
     pixels = options.pixels or entry.pixels
     options = options.model_copy(
@@ -66,12 +68,17 @@ def prepare(
         }
     )
     source = _source(entry, root, options)
-    done = _prepared(folder, source, log)
+    done, reason = _prepared(folder, source)
     if done:
+        log(reason)
         return done
     if entry.needs_root and (root is None or not root.exists()):
-        raise FileNotFoundError(f"{root}: there is no such folder; where to get the data: {entry.where}")
+        raise FileNotFoundError(f"--root {root}: not found; source of the raw data: {entry.where}")
     splits = _select(entry.read(root), options)
+    if reason:
+        log(reason)
+    if len(splits[0].class_names) == 1:
+        log(f"warning: {folder}: only one class, {splits[0].class_names[0]}; classification needs at least two")
     pixels = pixels or len(np.asarray(splits[0].load(0)))
     manifests = []
     for split, data in zip(("train", "test"), splits, strict=True):
@@ -95,7 +102,7 @@ def prepare(
 
 
 def _source(entry: Entry, root: Path | None, options: Options) -> str:
-    """All that decides the task's bytes but the raw data themselves."""
+    """Everything besides the raw data that determines the content of the task."""
     choices = options.model_dump() | {"pixels": options.pixels or entry.pixels}
     if entry.needs_root:
         choices["root"] = root and root.resolve()
@@ -104,25 +111,22 @@ def _source(entry: Entry, root: Path | None, options: Options) -> str:
     return "; ".join([entry.name, *(f"{key}={value}" for key, value in choices.items() if value is not None)])
 
 
-def _prepared(folder: Path, source: str, log: Callable[[str], object]) -> tuple[Manifest, Manifest] | None:
-    """The manifests of a task that is there, intact and made from this source."""
+def _prepared(folder: Path, source: str) -> tuple[tuple[Manifest, Manifest] | None, str]:
+    """The manifests if the task exists, is intact and has this source, else None; and what to log about it."""
     try:
         train, test = (beton.verify(folder / f"{split}.beton") for split in ("train", "test"))
     except FileNotFoundError:
-        return None
+        return None, ""
     except ValueError as fault:
-        log(f"{str(fault).removesuffix(f'; {beton.AGAIN}')}: preparing it again")
-        return None
+        return None, f"{str(fault).removesuffix(f'; {AGAIN}')}; preparing the task again"
     if train.source == test.source == source and train.mean == test.mean:
-        log(f"{folder}: already there and intact, nothing to do")
-        return train, test
+        return (train, test), f"{folder}: already prepared and intact, nothing to do"
     if train.source.split(";")[0] != source.split(";")[0]:
-        raise ValueError(f"{folder} holds another data set ({train.source}); choose another --name or --out")
-    log(f"{folder}: there with other options ({train.source}), preparing it again")
-    return None
+        raise ValueError(f"{folder} holds another dataset ({train.source}); choose another --name or --out")
+    return None, f"{folder}: prepared with other options ({train.source}); preparing it again"
 
 
-def _select(splits: Split, options: Options) -> tuple[RawDataset, RawDataset]:
+def _select(splits: RawSplits, options: Options) -> tuple[RawDataset, RawDataset]:
     train, test = splits
     try:
         if test is None:

@@ -1,4 +1,4 @@
-"""Data sets that torchvision has a class for: it downloads them, checks their checksums and knows their layout."""
+"""Datasets read through torchvision, which downloads them, verifies their checksums and knows their layouts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from dist_cts.data.prepare.archives import NotThere
-from dist_cts.data.prepare.raw import RawDataset, from_files, inside
-from dist_cts.data.prepare.readers import Split
+from dist_cts.data.prepare.raw import RawDataset, RawSplits, from_files, inside
 
 DIGITS = tuple("0123456789")
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
-def arrays(root: Path, name: str, splits: Sequence[str | bool], class_names: Sequence[str], download: bool) -> Split:
-    """CIFAR-10, CIFAR-100, SVHN and STL10, whose images torchvision holds in memory; classes in their own order."""
+def arrays(
+    root: Path, name: str, splits: Sequence[str | bool], class_names: Sequence[str], download: bool
+) -> RawSplits:
+    """CIFAR-10, CIFAR-100, SVHN and STL10, whose images torchvision holds in memory; classes in the dataset's order."""
     argument = "train" if isinstance(splits[0], bool) else "split"
     parts = []
     for split in splits:
@@ -23,9 +24,7 @@ def arrays(root: Path, name: str, splits: Sequence[str | bool], class_names: Seq
         labels = np.asarray(getattr(data, "labels", None) if argument == "split" else data.targets, np.int64)
         names = tuple(class_names or data.classes)
         if not 0 <= labels.min() <= labels.max() < len(names):
-            raise ValueError(
-                f"{root}: {name}: labels {labels.min()}..{labels.max()} where there are {len(names)} classes"
-            )
+            raise ValueError(f"{root}: {name}: labels {labels.min()}..{labels.max()}, expected 0..{len(names) - 1}")
         parts.append(RawDataset(names, labels, lambda i, pixels=pixels: np.ascontiguousarray(pixels[i])))
     return parts[0], parts[1]
 
@@ -38,10 +37,10 @@ def files(
     download: bool,
     pairs: Callable = lambda data: [data[i] for i in range(len(data))],
     **arguments: object,
-) -> Split:
-    """Data sets of image files: the parts `train` one after the other, then `test`; classes in torchvision's order.
+) -> RawSplits:
+    """Datasets of image files; `train` and `test` name torchvision's splits, concatenated. Classes in its order.
 
-    Without `test` there is no split. torchvision names the files and we decode them, as we do all others.
+    Without `test` no split is defined. torchvision only lists the files; they are decoded like all others.
     """
     arguments = arguments or {"loader": Path}
 
@@ -53,8 +52,8 @@ def files(
     return read(train), read(test) if test else None
 
 
-def pets(root: Path, download: bool) -> Split:
-    """Oxford-IIIT Pets, whose torchvision class has no loader to give: its lists of files and labels are read."""
+def pets(root: Path, download: bool) -> RawSplits:
+    """Oxford-IIIT Pets; its torchvision class takes no loader, so its lists of files and labels are read directly."""
     return files(
         root,
         "OxfordIIITPet",

@@ -76,7 +76,7 @@ def png(seed):
 
 
 def content(splits):
-    """(class name, pixels) of every image of every split; pixels are None where it does not decode."""
+    """(class name, pixels) of every image of every split; pixels are None where it cannot be decoded."""
     found = []
     for part in filter(None, splits or ()):
         for index, label in enumerate(part.labels):

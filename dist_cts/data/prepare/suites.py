@@ -14,7 +14,8 @@ from dist_cts.data.prepare.archives import NotThere
 from dist_cts.data.prepare.catalog import Entry
 from dist_cts.data.prepare.task import Options, prepare, task_name
 
-NAMES = ("paper-8", "paper-targets", "imagenet-8", "imagenet-targets", "demo")
+_BUILT_IN = read_yaml(Path(__file__).with_name("suites.yaml"))
+NAMES = tuple(_BUILT_IN)
 FOLDER = r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$"  # a plain folder name: no separators, not . or ..
 
 
@@ -57,37 +58,11 @@ def suite(name: str) -> list[SuiteTask]:
         FileNotFoundError: the file does not exist.
         ValueError: unknown suite, or the file is not a valid list of tasks.
     """
-    if name.endswith((".yaml", ".yml")):
-        return _from_file(Path(name))
-    if name == "demo":
-        from dist_cts.data.prepare import embedded
-
-        return [SuiteTask(dataset=catalog.EMBEDDED + task) for task in embedded.TASKS]
-    if name == "paper-8":
-        half = (50_000, 5_000, 100)
-        return [
-            SuiteTask(dataset="tiny-imagenet", split_classes=(0, 100), expected=half),
-            SuiteTask(dataset="tiny-imagenet", split_classes=(100, 200), expected=half),
-            *(SuiteTask(dataset=d) for d in ("cifar100", "stanford-dogs", "aircraft", "cub", "fashion-mnist", "svhn")),
-        ]
-    if name == "paper-targets":
-        return [SuiteTask(dataset=d) for d in ("stanford-cars", "quickdraw", "flowers", "pets", "stl10")]
-    if name == "imagenet-8":
-        return [SuiteTask(dataset=f"imagenet-{number}") for number in range(1, 9)]
-    if name == "imagenet-targets":
-        return [
-            *(SuiteTask(dataset=d, pixels=128, name=f"{d}-128px") for d in ("cifar100", "cifar10", "svhn")),
-            *(
-                SuiteTask(dataset=d, pixels=224, name=f"{d}-224px")
-                for d in ("stanford-dogs", "pets", "flowers", "food101", "cub", "dtd")
-            ),
-        ]
-    raise ValueError(f"unknown suite {name!r}; expected {', '.join(NAMES)}, or a .yaml file with a list of tasks")
-
-
-def _from_file(path: Path) -> list[SuiteTask]:
+    path = Path(name)
+    if name not in NAMES and path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"unknown suite {name!r}; expected {', '.join(NAMES)}, or a .yaml file with a list of tasks")
     try:
-        items = read_yaml(path)
+        items = _BUILT_IN[name] if name in NAMES else read_yaml(path)
         if not isinstance(items, list) or not items:
             raise ValueError(f"{path}: expected a list of tasks, each with the key `dataset`")
         tasks = [SuiteTask.model_validate(item) for item in items]

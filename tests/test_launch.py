@@ -231,7 +231,7 @@ def test_help_helps(run, script):
 
 def test_import_dist_cts_is_light_and_without_ffcv(run):
     check = (
-        "import sys, time; t = time.perf_counter(); import dist_cts, dist_cts.config; "
-        "assert time.perf_counter() - t < 1.0; import dist_cts.run; assert 'ffcv' not in sys.modules"
+        "import sys, dist_cts, dist_cts.config; assert 'torch' not in sys.modules; "
+        "import dist_cts.run.train; assert 'ffcv' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True, env=ENVIRONMENT)

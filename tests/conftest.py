@@ -16,8 +16,19 @@ from tests.helpers.batches import write_task  # noqa: E402
 from tests.helpers.commands import Command  # noqa: E402
 
 torch.set_num_threads(1)
-# Ranks are forked from a process that has torch loaded but has started no thread: milliseconds instead of seconds.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "dist_cts.run.train", "dist_cts.run.meta_test"])
+# Ranks are forked from a server process that has everything imported and no thread started. torch._dynamo, which the
+# first optimizer of a process imports, costs 2.5 seconds of CPU; pytest and hypothesis come with the test's own module.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "dist_cts.run.train",
+        "dist_cts.run.meta_test",
+        "pytest",
+        "hypothesis",
+    ]
+)
 
 
 def _rank_main(rank, world_size, folder, scenario, args):

@@ -63,14 +63,17 @@ class Hooks:
         self.reducer.stop_requested = late or self.stop.made
 
     def read_controls(self, flush: bool = False) -> None:
-        """Handles what the ranks told each other; a log or a checkpoint waits for the newest reduction's report.
+        """Handles what the ranks told each other; a step with another hook waits for the newest reduction's report.
+
+        So a lost GPU peer is noticed here, where the wait has a deadline, and not in a copy to the host.
 
         Raises:
             RunError: an update is not finite and `nonfinite` is `abort`, or the ranks are out of sync.
         """
-        step = self.state.progress.step
-        flush = flush or step % self.config.log_every == 0 or self.checkpoints.due(step)
-        for control in self.reducer.received(flush=flush):
+        config, step = self.config, self.state.progress.step
+        periods = config.log_every, config.eval_every, config.check_every, config.snapshot_every
+        due = any(period and step % period == 0 for period in periods) or self.checkpoints.due(step)
+        for control in self.reducer.received(flush=flush or due):
             self._handle(control)
 
     def log(self) -> None:

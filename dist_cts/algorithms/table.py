@@ -71,7 +71,7 @@ class Algorithm:
         if evaluations <= 2 * K:
             return None
         why = "k of them at inner step k, which replays the episode from the new phi; " if self.replays else ""
-        return f"costs {evaluations} gradient evaluations per task and episode: {why}{evaluations / K:.3g} x those of cts"
+        return f"costs {evaluations} gradient evaluations per task and episode: {why}{evaluations / K:.3g} times cts"
 
 
 def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:

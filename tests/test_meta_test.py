@@ -42,7 +42,7 @@ def test_the_table_marks_the_best_of_every_column():
         {"random": {"x": cell(10.0), "y": cell(30.0)}, "cts": {"x": cell(20.0), "y": cell(28.0)}}, ["x", "y"]
     )
     assert table.splitlines() == [
-        "| start | x | y | average |",
+        "| initialization | x | y | average |",
         "|---|---|---|---|",
         "| random | 10.00 ± 0.50 | **30.00 ± 0.50** | 20.00 |",
         "| cts | **20.00 ± 0.50** | 28.00 ± 0.50 | **24.00** |",

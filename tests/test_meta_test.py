@@ -95,7 +95,7 @@ def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_pat
         for seed, best, last in ((0, 0.5, 0.01), (1, 0.7, 0.21))
     ]
     write_report(tmp_path, config.model_dump(mode="json"), {}, results)
-    last, best = (tmp_path / "meta_test.md").read_text().split("The best of 2 points")
+    last, best = (tmp_path / "meta_test.md").read_text().split("The best of the 2 evaluations")
     assert "| random | **11.00 ± 127.06** | **11.00** |" in last
     assert "| random | **60.00 ± 127.06** | **60.00** |" in best
     assert best.strip() in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Configs: YAML files and `section.key=value` overrides, read into frozen, strict models.
 
-Each model stands beside the code that it configures and derives from `Config`. A YAML file holds only what
-differs from the defaults and may name a `base:` file that it extends. A section that is given in part keeps the
-defaults of the field that holds it: `inner: {lr: 0.05}` of a meta-test keeps the meta-test's optimizer.
+Each model is defined next to the code that it configures and derives from `Config`. A YAML file holds only what
+differs from the defaults and may extend another file, named by `base:`. A partial section keeps the defaults of the
+field that it belongs to: `inner: {lr: 0.05}` of a meta-test keeps the meta-test's optimizer.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Config(BaseModel):
-    """A section of a config: immutable; an unknown key, and a number that is none, are errors."""
+    """A section of a config: immutable; unknown keys, NaN and Inf are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -31,7 +31,7 @@ class Config(BaseModel):
 
 
 def _overlay(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, where each section that is given in part is completed from the section that is its default."""
+    """`values` with every partial section completed from its default section."""
     return {key: _complete(defaults.get(key), value) for key, value in values.items()}
 
 
@@ -42,8 +42,8 @@ def _complete(default: Any, value: Any) -> Any:
 
 
 C = TypeVar("C", bound=Config)
-FAULTS = 10  # that an error names
-_shown = reprlib.Repr()  # of a wrong value: what YAML repeats by reference may be endless when written out
+FAULTS = 10  # listed per error message
+_shown = reprlib.Repr()  # shortens invalid values: YAML aliases may expand without limit
 _shown.maxstring = _shown.maxother = 200
 _shown.maxlevel = 2
 
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         value = super().construct_yaml_int(node)
         if abs(value) >= 1 << 63:
-            raise ValueError(f"a number of {value.bit_length()} bits; there is place for 63")
+            raise ValueError(f"an integer of {value.bit_length()} bits does not fit in int64")
         return value
 
 
@@ -67,11 +67,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Reads `path` (YAML, None for the defaults alone) and applies overrides such as `inner.lr=0.01`.
+    """Reads `path` (YAML; None: only the defaults) and applies overrides such as `inner.lr=0.01`.
 
     Raises:
-        FileNotFoundError: the file, or the file that its `base:` names, does not exist.
-        ValueError: an unknown key, a wrong type or value, or YAML that does not parse; one line a fault.
+        FileNotFoundError: the file or its `base:` file is not found.
+        ValueError: unknown keys, wrong types or values, or invalid YAML; one line that lists up to FAULTS faults.
     """
     where = path if path is not None else "the config"
     try:
@@ -79,8 +79,8 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
         for override in overrides:
             _merge(values, _parse_override(override))
         return model.model_validate(values)
-    except RecursionError:  # YAML can name a list that it is inside of
-        raise ValueError(f"{where}: its values hold themselves") from None
+    except RecursionError:
+        raise ValueError(f"{where}: recursive YAML alias; write the value out") from None
     except ValidationError as error:
         faults = "; ".join(_explain(model, fault) for fault in error.errors()[:FAULTS])
         raise ValueError(f"{where}: {faults}") from None
@@ -94,7 +94,7 @@ def save(config: Config, path: str | Path) -> None:
 def describe(model: type[Config], prefix: str = "", defaults: Config | None = None) -> Iterator[str]:
     """One line per key of a config, `key = default   description`: the body of `--help`.
 
-    `defaults`: the section that holds where the key is not given; None: what the fields of `model` say.
+    `defaults`: the section whose values are the defaults; None: the field defaults of `model`.
     """
     for name, field in model.model_fields.items():
         required = defaults is None and field.is_required()
@@ -107,16 +107,16 @@ def describe(model: type[Config], prefix: str = "", defaults: Config | None = No
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds: numbers, strings, lists and dicts; nothing in it is executed.
+    """The content of a YAML file: numbers, strings, lists and dicts; reading executes nothing.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is none of YAML; the message names it.
+        FileNotFoundError, ValueError: file not found, or not valid YAML; the message names it.
     """
     try:
         return yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
-        raise FileNotFoundError(f"config file {path} does not exist (from {Path.cwd()})") from None
-    except Exception as error:  # a date of month 13, `!!bool maybe` or a thousand brackets raise almost anything
+        raise FileNotFoundError(f"config file not found: {path} (working directory: {Path.cwd()})") from None
+    except Exception as error:  # PyYAML raises many types: for month 13, `!!bool maybe`, a thousand brackets
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
 
 
@@ -127,12 +127,12 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
     if path.resolve() in seen:
-        raise ValueError(f"{path}: its chain of `base:` files comes back to itself")
+        raise ValueError(f"{path}: circular `base:` chain; remove one `base:`")
     if "base" not in values:
         return values
     base = path.parent / str(values.pop("base"))
-    if not base.is_file():  # a pipe, too, would never end
-        raise FileNotFoundError(f"{path}: its `base:`, {str(base)!r}, is no file that exists")
+    if not base.is_file():  # reading a pipe would block
+        raise FileNotFoundError(f"{path}: base file not found, or not a regular file: {str(base)!r}")
     merged = _read(base, (*seen, path.resolve()))
     _merge(merged, values)
     return merged
@@ -145,7 +145,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, _Loader)
     except Exception:
-        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+        raise ValueError(f"override {override!r}: {text!r} is not valid YAML") from None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return value

@@ -1,6 +1,6 @@
 """Large-scale meta-learning with continual trajectory shifting: Algorithm 2 of the paper.
 
-phi    shared initialization, one flat vector, the same bits on every rank     φ
+phi    shared initialization, one flat vector, bit-identical on all ranks      φ
 theta  one task's parameters, one flat vector per learner                      θ^(t)
 delta  the step's meta-update, -beta * mean over tasks of the meta-gradient    Δ_k
 """
@@ -13,7 +13,7 @@ from dist_cts.algorithms.table import Algorithm
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.state import TrainState
 
-CONTROL_PERIOD = 10  # steps between two looks at the control tail while no meta-update carries it
+CONTROL_PERIOD = 10  # steps between exchanges of the control tail where no meta-update carries it
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def meta_train(
     K: int,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Meta-trains phi [N] in place over M episodes of K inner steps, this rank's learners among T tasks.
+    """Meta-trains phi [N] in place over M episodes of K inner steps; `state.learners` are this rank's.
 
     Every rank runs this with the same phi, M, K and progress. `after_step` is called after every inner step (logging,
     checkpoints) and may set `progress.stopping`, on all ranks at the same step.

@@ -1,4 +1,4 @@
-"""Models: a body that phi initializes and a classifier head that each task keeps to itself."""
+"""Models, one row of MODELS each: a body that phi initializes, and a classifier head per task that phi leaves out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dist_cts.seeds import hashed_seed
 
 
 class ModelConfig(Config):
-    """The body; every task adds a head of its own."""
+    """The body; every task has its own head."""
 
     name: str = Field("resnet20", description="resnet20, resnet8, resnet18, resnet34 or tiny")
     width: float = Field(1.0, gt=0, le=8, description="factor on the channels: resnet20, resnet8 16/32/64; tiny 8/16")
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """A ResNet for small images (He et al., 2016, section 4.2): 3 stages of `depth` blocks, width x 16/32/64 channels.
 
-    Three blocks per stage are ResNet20, one is ResNet8.
+    ResNet20 has three blocks per stage, ResNet8 one.
     """
 
     def __init__(self, classes: int, width: float = 1.0, depth: int = 3) -> None:
@@ -67,7 +67,7 @@ class SmallResNet(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Two strided convolutions with batch norm: small enough for tests, with everything that a real model has."""
+    """Two strided convolutions with batch norm, for tests."""
 
     def __init__(self, classes: int, width: float = 1.0) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Tiny(nn.Module):
 def _torchvision(name: str) -> Callable[[int, float], nn.Module]:
     def build(classes: int, width: float) -> nn.Module:
         if width != 1:
-            raise ValueError(f"model.width={width}: {name} comes in its own width only, set model.width=1")
+            raise ValueError(f"model.width={width}: {name} has a fixed width; set model.width=1")
         import torchvision  # as slow to import as torch itself, and most runs do not need it
 
         return torchvision.models.get_model(name, num_classes=classes)
@@ -114,10 +114,10 @@ MODELS = {
 
 
 def build(config: ModelConfig, classes: int, *seed: int | str) -> tuple[nn.Module, str]:
-    """A model whose weights follow from the seed's keys alone, and the name of its head.
+    """A model whose weights depend only on the keys of the seed, and the name of its head.
 
     Raises:
-        ValueError: no model of that name.
+        ValueError: unknown model name.
     """
     if config.name not in MODELS:
         raise ValueError(f"model.name={config.name!r}: choose one of {', '.join(MODELS)}")

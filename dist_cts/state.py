@@ -1,4 +1,4 @@
-"""TrainState: everything that training changes on this rank, and so what a checkpoint saves and restores."""
+"""TrainState: everything that training changes on this rank; checkpoints save and restore it."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from dist_cts.progress import Progress
 
 @dataclass
 class TrainState:
-    """The replicated phi, this rank's learners in task order, and how far the run is.
+    """The replicated phi, this rank's learners in task order, and the run's progress.
 
-    phi [N] has the same bits on every rank; `layout` names the tensors inside it.
+    phi [N] is bit-identical on all ranks; `layout` names the tensors inside it.
     """
 
     phi: Tensor

@@ -1,7 +1,7 @@
-"""The paper's synthetic tasks (section 4.1): copies of one function of the plane, each moved and turned.
+"""The paper's synthetic tasks (section 4.1): shifted and rotated copies of one two-dimensional function.
 
-`meta_train_point` sends one start through the learners and the loop that train images; `quality` judges all points of a
-grid at once. Points are float64; G starts, T tasks.
+`meta_train_point` trains one initialization with the same learners and loop as for images; `quality` evaluates all
+points of a grid at once. Points are float64; G initializations, T tasks.
 """
 
 import math
@@ -29,17 +29,17 @@ Point = tuple[float, float]
 
 
 class Environment(Config):
-    """T tasks: the template of `losses`, moved to a centre and turned by an angle for each of them."""
+    """T tasks: the template of `losses`, shifted to a center and rotated by an angle each."""
 
-    centers: tuple[Point, ...] = Field(min_length=1, description="[T][2], where each copy is moved to")
-    angles: tuple[float, ...] = Field(description="[T], radians by which each copy is turned")
-    coeff: Point = Field(description="weights of the two squares")
-    scale: float = Field(gt=0, description="factor by which the template is stretched")
+    centers: tuple[Point, ...] = Field(min_length=1, description="[T][2], center of each task")
+    angles: tuple[float, ...] = Field(description="[T], rotation of each task in radians")
+    coeff: Point = Field(description="weights of the two squared terms")
+    scale: float = Field(gt=0, description="scale factor of the template in the plane")
 
     @model_validator(mode="after")
     def _one_angle_a_center(self) -> "Environment":
         if len(self.angles) != len(self.centers):
-            raise ValueError(f"{len(self.centers)} centers but {len(self.angles)} angles: one angle a center")
+            raise ValueError(f"{len(self.centers)} centers but {len(self.angles)} angles: expected one per center")
         return self
 
     @property
@@ -48,7 +48,7 @@ class Environment(Config):
         return len(self.centers)
 
     def task(self, index: int) -> "Environment":
-        """The environment of that task alone."""
+        """The environment with only that task."""
         return self.model_copy(update={"centers": (self.centers[index],), "angles": (self.angles[index],)})
 
 
@@ -60,19 +60,19 @@ ENVIRONMENTS = {
     # what the paper prints; it gives neither radius nor angles, so they are those of the published code
     "paper": Environment(centers=_CENTERS, angles=_ANGLES, coeff=(1 / 3, 1 / 3), scale=1),
 }
-METHODS = ("cts", "reptile", "accurate", "no_shifting")  # the rows of ALGORITHMS that section 4.1 is about
-# A start is judged by what an optimizer makes of it that does not solve every task from everywhere: with the paper's
-# momentum SGD the mean loss after 100 steps is 0.003 over the whole plane.
+METHODS = ("cts", "reptile", "accurate", "no_shifting")  # the methods of section 4.1
+# Initializations are evaluated with Adam: the paper's momentum SGD solves every task from nearly everywhere (mean loss
+# 0.003 after 100 steps over the plane).
 TEST = InnerConfig(optimizer="adam", lr=0.1, momentum=0.9, weight_decay=0)
 TEST_STEPS = 100
 
 
 def load_environment(name: str) -> Environment:
-    """The environment called `name`, or the one in that JSON file.
+    """The environment called `name`, or the one in the JSON file `name`.
 
     Raises:
-        FileNotFoundError: neither an environment nor a file.
-        ValueError: a file without the fields of an environment; the faulty ones are named.
+        FileNotFoundError: neither an environment nor a file has that name.
+        ValueError: invalid, missing or unknown fields in the file; the message names them.
     """
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]
@@ -123,11 +123,11 @@ def _constants(env: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return centers[:, 0], centers[:, 1], angles.cos() / env.scale, angles.sin() / env.scale
 
 
-# ---------------------------------------------------------------- all starts of a grid at once
+# ---------------------------------------------------------------- all initializations of a grid at once
 
 
 def adapt(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Iterator[Tensor]:
-    """theta [G, T, 2] after each of `steps` inner steps from `phi` [G, 2]; the same memory every time."""
+    """theta [G, T, 2] after each of `steps` inner steps from `phi` [G, 2]; every step overwrites the same tensor."""
     trajectory = Trajectories(env, phi, inner)
     for _ in range(steps):
         trajectory.step()
@@ -141,11 +141,11 @@ def quality(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int
 
 
 class Trajectories:
-    """theta [G, T, 2] of all tasks from all starts under one inner optimizer, whose updates are elementwise."""
+    """theta [G, T, 2] of all tasks from all initializations, updated by one elementwise inner optimizer."""
 
     def __init__(self, env: Environment, phi: Tensor, inner: InnerConfig) -> None:
         self.env = env
-        # x and y lie apart in memory: every operation on one of them then runs over contiguous numbers.
+        # x and y are separate planes in memory, so that operations on either one are contiguous.
         planes = phi.T[:, :, None].repeat(1, 1, env.tasks)  # [2, G, T]
         self.theta = nn.Parameter(planes.permute(1, 2, 0))
         self.optimizer = make_optimizer([self.theta], inner)
@@ -161,11 +161,11 @@ class Trajectories:
         self.theta.copy_(phi[:, None].expand_as(self.theta))
 
 
-# ---------------------------------------------------------------- one start through the learners
+# ---------------------------------------------------------------- one initialization through the learners
 
 
 class TaskPoint(nn.Module):
-    """A body that is one point of the plane, and whose output is its task's loss there."""
+    """A model whose only parameter is a point of the plane and whose output is the task's loss there."""
 
     def __init__(self, env: Environment, task: int) -> None:
         super().__init__()
@@ -173,12 +173,12 @@ class TaskPoint(nn.Module):
         self.point = nn.Parameter(torch.zeros(2, dtype=torch.float64))
 
     def forward(self, _: Tensor) -> Tensor:
-        """Anything to the loss, a scalar."""
+        """The scalar loss; the input is ignored."""
         return losses(self.env, self.point[None])[0]
 
 
 class NoBatches:
-    """Batches of a task that has no data. `taken` counts the gradients asked for, replays included."""
+    """Batches of a task without data; `taken` counts gradient evaluations, replays included."""
 
     def __init__(self) -> None:
         self.taken, self.step, self.wait_seconds = 0, 0, 0.0
@@ -194,10 +194,10 @@ class NoBatches:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What one run went through; `inner_gradient_steps` counts those of one task, all tasks take as many.
+    """The path of one run.
 
-    phi [1 + updates, 2]: the start, then after every meta-update. theta [T, M K, 2]: after every inner step, shift
-    included. inner_gradient_steps [1 + updates]: spent when phi got there.
+    phi [1 + updates, 2]: the initialization, then after every meta-update. theta [T, M K, 2]: after every inner step
+    and shift. inner_gradient_steps [1 + updates]: gradient evaluations per task up to each phi.
     """
 
     phi: Tensor
@@ -216,10 +216,10 @@ def meta_train_point(
     K: int,
     reset_optimizer: bool = False,
 ) -> Trajectory:
-    """Meta-trains one start through TaskLearner, MetaReducer and the loop of Algorithm 2; needs no process group.
+    """Meta-trains one initialization with TaskLearner, MetaReducer and Algorithm 2, in a process group of one rank.
 
     Raises:
-        RunError: a task's theta is no longer finite; task and step are named.
+        RunError: a task's theta is not finite; the message names task and step.
     """
     learners = [
         TaskLearner(
@@ -253,7 +253,7 @@ def meta_train_point(
     if progress.stopping:
         task = thetas[-1].isfinite().all(1).tolist().index(False)
         raise RunError(
-            f"{learners[task].name} diverges at step {progress.step} from the start {tuple(start)}: take a smaller "
-            "inner learning rate, or --env released, whose surfaces are flatter than the paper's printed ones"
+            f"{learners[task].name} diverges at step {progress.step} from the initialization {tuple(start)}: lower "
+            "the inner learning rate, or use --env released, whose losses are flatter than the paper's printed ones"
         )
     return Trajectory(torch.stack(path), torch.stack(thetas, 1), spent)

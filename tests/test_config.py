@@ -121,7 +121,7 @@ def test_a_base_file_is_extended(write):
         ("- a\n- b", [], r"expected `key: value` lines, found a list"),
         ("tasks: [a", [], r"not a YAML file"),
         ("tasks: [a, b]\nalgorithm: mtl", ["inner.optimizer=adam"], r"algorithm=mtl with inner.optimizer=adam"),
-        ("base: a.yaml", [], r"comes back to itself"),
+        ("base: a.yaml", [], r"circular `base:` chain"),
         ("tasks: !!python/object/apply:os.system [ls]", [], r"not a YAML file"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line_that_names_it(write, text, overrides, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.yaml does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"not found: .*absent\.yaml"):
         config.load(TrainConfig, tmp_path / "absent.yaml")
 
 

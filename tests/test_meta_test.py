@@ -42,7 +42,7 @@ def test_the_table_marks_the_best_of_every_column():
         {"random": {"x": cell(10.0), "y": cell(30.0)}, "cts": {"x": cell(20.0), "y": cell(28.0)}}, ["x", "y"]
     )
     assert table.splitlines() == [
-        "| start | x | y | average |",
+        "| initialization | x | y | average |",
         "|---|---|---|---|",
         "| random | 10.00 ± 0.50 | **30.00 ± 0.50** | 20.00 |",
         "| cts | **20.00 ± 0.50** | 28.00 ± 0.50 | **24.00** |",
@@ -95,7 +95,7 @@ def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_pat
         for seed, best, last in ((0, 0.5, 0.01), (1, 0.7, 0.21))
     ]
     write_report(tmp_path, config.model_dump(mode="json"), {}, results)
-    last, best = (tmp_path / "meta_test.md").read_text().split("The best of 2 points")
+    last, best = (tmp_path / "meta_test.md").read_text().split("The best of the 2 evaluations")
     assert "| random | **11.00 ± 127.06** | **11.00** |" in last
     assert "| random | **60.00 ± 127.06** | **60.00** |" in best
     assert best.strip() in capsys.readouterr().out

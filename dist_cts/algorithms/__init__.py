@@ -1,1 +1,1 @@
-"""The methods: what a task's meta-gradient is and how a meta-update shifts its trajectory."""
+"""The methods: the meta-gradient of a task, and the shift of its trajectory after a meta-update."""

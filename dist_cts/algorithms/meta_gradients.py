@@ -1,9 +1,8 @@
-"""Meta-gradients: what a task asks of phi, a vector [N] for the reducer to average.
+"""Per-task meta-gradients: vectors [N] that the reducer averages.
 
-Each writes into the memory of the learner's spent gradient, which the next inner step clears. Those that look at a
-whole episode have a `begin_`, called when theta has just become phi, and an `observe_`, called in every inner step
-between gradient and update, when theta_(k-1), its loss and its gradient belong together. All of them see the body
-alone: the head is no part of phi.
+Each one reuses the learner's gradient buffer, which the next inner step clears. Methods that need the trajectory have
+`begin_`, called right after theta <- phi, and `observe_`, called in every inner step between gradient and update, when
+loss and gradient are those of theta_(k-1). All of them use only the body: the head is not part of phi.
 """
 
 from collections.abc import Callable
@@ -20,21 +19,21 @@ GradientBatch = Literal["last", "next"]
 
 
 class IMAMLConfig(Config):
-    """Implicit MAML. The paper gives no values; these are those of its published code, the proximal term apart."""
+    """Implicit MAML. The paper gives no values; the defaults are the released code's, except the proximal term."""
 
     lam: float = Field(0.5, gt=0, description="lambda of I + H / lambda and of the proximal term")
-    cg_iterations: int = Field(10, gt=0, description="conjugate-gradient iterations, a Hessian-vector product each")
-    damping: float = Field(0.0, ge=0, description="added to the I of I + H / lambda")
+    cg_iterations: int = Field(10, gt=0, description="conjugate-gradient iterations, one Hessian-vector product each")
+    damping: float = Field(0.0, ge=0, description="added to I in I + H / lambda")
     proximal: bool = Field(True, description="lambda/2 ||theta - phi||^2 in the inner loss; the released code omits it")
 
 
 class LeapConfig(Config):
-    """Leap; the defaults are those of its authors' code and of the paper's."""
+    """Leap; the defaults are those of its authors' code and of the paper's released code, but for `head`."""
 
-    norm: bool = Field(True, description="path length; false: its energy, segments not divided by their length")
-    loss: bool = Field(True, description="the loss is a coordinate of the path; false: the parameters alone")
-    stabilizer: bool = Field(True, description="a rise of the loss counts as a fall")
-    head: bool = Field(False, description="the head counts in a segment's length, as in the released code")
+    norm: bool = Field(True, description="path length; false: energy, segments not divided by their length")
+    loss: bool = Field(True, description="the loss is a coordinate of the path; false: only the parameters")
+    stabilizer: bool = Field(True, description="count an increase of the loss as a decrease")
+    head: bool = Field(False, description="include the head in a segment's length, as the released code does")
 
 
 def reptile(learner: TaskLearner, phi: Tensor) -> Tensor:
@@ -43,10 +42,10 @@ def reptile(learner: TaskLearner, phi: Tensor) -> Tensor:
 
 
 def fomaml(learner: TaskLearner, phi: Tensor, batch: GradientBatch = "last") -> Tensor:
-    """grad L(theta_k) [N] (Finn et al., 2017; paper, section 3.1), at the price of one gradient evaluation.
+    """grad L(theta_k) [N] (Finn et al., 2017; paper, section 3.1); costs one gradient evaluation.
 
-    The paper's L_k is the loss of the `last` batch; `next` is one that this episode has not seen, which stands for the
-    quarter of the images that the released code holds out.
+    L is the loss of the `last` batch, as in the paper, or of the `next` one, which this episode has not seen; the
+    released code uses held-out images.
     """
     with learner.running_statistics_kept():
         learner.compute_gradient(learner.batch if batch == "last" else learner.peek())
@@ -54,7 +53,7 @@ def fomaml(learner: TaskLearner, phi: Tensor, batch: GradientBatch = "last") -> 
 
 
 def begin_fomaml_plus_plus(learner: TaskLearner) -> None:
-    """Starts the mean of the inner gradients."""
+    """Initializes the mean of the inner gradients."""
     learner.memory = {"gradient": torch.zeros_like(learner.theta), "steps": learner.theta.new_zeros(())}
 
 
@@ -67,26 +66,26 @@ def observe_fomaml_plus_plus(learner: TaskLearner) -> None:
 def fomaml_plus_plus(learner: TaskLearner, phi: Tensor) -> Tensor:
     """The mean of the inner gradients at theta_0 .. theta_(K-1) [N]: MAML++'s multi-step loss, to first order.
 
-    MAML++ takes the losses at theta_1 .. theta_K, with weights that start at 1/K (Antoniou et al., 2018, section 4).
-    Here theta_0 stands for theta_K, because the gradients at theta_0 .. theta_(K-1) are those of the inner steps and
-    cost nothing; the two means differ by 1/K of one gradient's change along the episode. The weights 1/K keep the sum
+    MAML++ uses the losses at theta_1 .. theta_K, with weights that start at 1/K (Antoniou et al., 2018, section 4).
+    Here theta_0 replaces theta_K, because the gradients at theta_0 .. theta_(K-1) are those of the inner steps and
+    cost nothing; the two means differ by 1/K of one gradient's change over the episode. The weights 1/K keep the sum
     on FOMAML's scale. With plain SGD this is (phi - theta_K) / (alpha K), Reptile on another scale, and its beta is
-    alpha K times Reptile's; momentum and weight decay part the two. (The released code names no FOMAML++. A FOMAML
-    update in every inner step without a shift is no_shifting with meta_gradient=fomaml.)
+    alpha K times Reptile's; momentum and weight decay break the equality. (The released code has no FOMAML++. A
+    FOMAML update in every inner step without a shift is no_shifting with meta_gradient=fomaml.)
     """
     return torch.div(learner.memory["gradient"], learner.memory["steps"], out=_spent_gradient(learner))
 
 
 def begin_imaml(learner: TaskLearner) -> None:
-    """Keeps phi, the centre of the proximal term.
+    """Stores phi, the center of the proximal term.
 
     Raises:
-        ValueError: several ranks share the task: no second derivative passes through a synchronised batch norm.
+        ValueError: several ranks share the task; synchronized batch norm has no second derivative.
     """
     if learner.data_group is not None:
         raise ValueError(
-            f"algorithm=imaml: {learner.data_group.size()} ranks share task {learner.name}, and its Hessian-vector "
-            "products need the whole batch on one; start at most one rank a task"
+            f"algorithm=imaml: {learner.data_group.size()} ranks share task {learner.name}, but Hessian-vector "
+            "products need the full batch on one rank; start at most one rank per task"
         )
     learner.memory = {"phi": learner.theta.clone()}
 
@@ -100,8 +99,8 @@ def observe_imaml(learner: TaskLearner, options: IMAMLConfig) -> None:
 def imaml(learner: TaskLearner, phi: Tensor, options: IMAMLConfig, batch: GradientBatch = "last") -> Tensor:
     """(I + H / lambda)^-1 grad L(theta_K) [N], by conjugate gradient (Rajeswaran et al., 2019, Lemma 1).
 
-    H is the Hessian of the last inner batch's loss in the body, the head held fixed. It follows from the stationarity
-    of L + lambda/2 ||theta - phi||^2, hence the proximal term; the paper's results come from code without it.
+    H is the Hessian of the last inner batch's loss with respect to the body, the head fixed. The formula follows from
+    the stationarity of L + lambda/2 ||theta - phi||^2, hence the proximal term; the paper's code ran without it.
     """
     with learner.running_statistics_kept():
         if batch == "next":
@@ -139,10 +138,10 @@ def hessian_operator(learner: TaskLearner, batch: tuple[Tensor, Tensor]) -> tupl
 
 
 def conjugate_gradient(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """x with `matrix`(x) = b [N], for a symmetric positive `matrix`; no value goes back to the host.
+    """x with `matrix`(x) = b [N], for a symmetric positive definite `matrix`, without a device-to-host sync.
 
-    Ends early where a direction has no positive curvature, as the Hessian of a network may have; where already the
-    first has none, x = b.
+    Stops at a direction of nonpositive curvature, which the Hessian of a network may have; x = b if it is the first
+    direction.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
@@ -164,15 +163,15 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations
 
 
 def begin_leap(learner: TaskLearner) -> None:
-    """Starts the sum over the path's segments."""
+    """Initializes the sum over the path's segments."""
     learner.memory = {"sum": torch.zeros_like(learner.theta)}
 
 
 def observe_leap(learner: TaskLearner, options: LeapConfig) -> None:
-    """Adds the segment that ends in (theta_(k-1), its loss), and keeps this point for the next one.
+    """Adds the segment that ends at (theta_(k-1), its loss) and stores this point for the next segment.
 
-    A point's loss and gradient are those of its own batch. (The released code looks after the update and so pairs each
-    loss with the parameters one step later; Leap's authors look before it, as here.)
+    Each point's loss and gradient are those of its own batch. (The released code observes after the update and so pairs
+    each loss with the parameters one step later; Leap's authors observe before it, as here.)
     """
     memory, loss = learner.memory, learner.group_mean(learner.loss.clone())
     point = learner.flat.vector if options.head else learner.theta
@@ -184,7 +183,7 @@ def observe_leap(learner: TaskLearner, options: LeapConfig) -> None:
 
 
 def leap_segment(start: Tensor, end: Tensor, gradient: Tensor, rise: Tensor, options: LeapConfig) -> Tensor:
-    """The pull of a path's segment on phi [N], with the trajectory's Jacobian taken as I, as Leap takes it.
+    """The gradient [N] of a segment's length with respect to phi, with the trajectory's Jacobian set to I, as in Leap.
 
     `start`, `end` [N or more]: its points, of which the first N are the body; `gradient` [N] at its start; `rise` of
     the loss along it.
@@ -198,14 +197,14 @@ def leap_segment(start: Tensor, end: Tensor, gradient: Tensor, rise: Tensor, opt
         pull = pull - rise * gradient
         square = square + rise * rise
     if options.norm:
-        pull = pull / square.sqrt().clamp_min(torch.finfo(square.dtype).tiny)  # a standstill pulls nowhere
+        pull = pull / square.sqrt().clamp_min(torch.finfo(square.dtype).tiny)  # zero without movement
     return pull
 
 
 def leap(learner: TaskLearner, phi: Tensor) -> Tensor:
     """The gradient [N] of the length of the path theta_0 .. theta_(K-1) (Flennerhag et al., 2018).
 
-    It has K - 1 segments: theta_K, whose loss no inner step computes, is not a point of it.
+    It has K - 1 segments: theta_K is not included, because no inner step computes its loss.
     """
     return _spent_gradient(learner).copy_(learner.memory["sum"])
 

@@ -1,4 +1,4 @@
-"""Shifts: what a meta-update of phi does to a task's trajectory.
+"""Shifts: how a task's trajectory follows a meta-update of phi.
 
 Each takes the learner, the new phi [N], the meta-update delta [N] and the progress of the run.
 """
@@ -12,13 +12,13 @@ from dist_cts.seeds import hashed_seed
 
 
 def none(learner: TaskLearner, phi: Tensor, delta: Tensor, progress: Progress) -> None:
-    """theta stays: the trajectory no longer starts at phi (the paper's No Shifting, section 4.2)."""
+    """theta is unchanged: the trajectory no longer starts at phi (the paper's No Shifting, section 4.2)."""
 
 
 def continual(learner: TaskLearner, phi: Tensor, delta: Tensor, progress: Progress, scale: float = 1.0) -> None:
-    """theta <- theta + delta: the whole trajectory moves with its start (paper, Eq. 1 and Algorithm 2, line 13).
+    """theta <- theta + delta: the trajectory moves with its initialization (paper, Eq. 1 and Algorithm 2, line 13).
 
-    A `scale` below 1 serves meta-gradients of another length than Reptile's; the released code takes 0.3 for FOMAML's.
+    `scale` is for meta-gradients whose norm differs from Reptile's; the released code uses 0.3 for FOMAML.
     """
     learner.theta.add_(delta, alpha=scale)
 
@@ -28,25 +28,25 @@ def random(
 ) -> None:
     """theta moves as far as with `continual`, in a random direction (the paper's Random Shifting, section 4.2).
 
-    The direction follows from (seed, step): the same for all learners, and on all ranks of one kind of device.
+    The direction depends only on (seed, step): the same for all learners, and on all ranks with the same device type.
     """
     generator = torch.Generator(delta.device).manual_seed(hashed_seed(seed, "random_shifting", progress.step))
     direction = torch.zeros_like(delta)
-    for view in learner.flat.body_layout.views(direction).values():  # the gaps between tensors stay zero
+    for view in learner.flat.body_layout.views(direction).values():  # padding between tensors stays zero
         view.normal_(generator=generator)
     learner.theta.add_(direction * (delta.norm() / direction.norm()), alpha=scale)
 
 
 def begin_exact(learner: TaskLearner) -> None:
-    """Keeps all that an episode starts from: head, optimizer state and running statistics."""
+    """Stores what an episode starts from: head, optimizer state and running statistics."""
     learner.memory = {f"start.{name}": value.clone() for name, value in learner.state_dict().items()}
 
 
 def exact(learner: TaskLearner, phi: Tensor, delta: Tensor, progress: Progress) -> None:
-    """theta <- U_k(phi): the episode's k batches again, from the new phi (the paper's Ours Accurate, section 4.1).
+    """theta <- U_k(phi): replays the episode's k batches from the new phi (the paper's Ours Accurate, section 4.1).
 
-    The next inner step makes it U_(k+1)(phi), so that inner step k costs k gradient evaluations. After the last one
-    nothing is replayed: the coming reset would discard it.
+    The next inner step makes it U_(k+1)(phi), so inner step k costs k gradient evaluations. The last step of an episode
+    replays nothing, because the reset would discard it.
     """
     if progress.at_episode_start:
         return
@@ -58,5 +58,5 @@ def exact(learner: TaskLearner, phi: Tensor, delta: Tensor, progress: Progress) 
 
 
 def rejoin(learner: TaskLearner, phi: Tensor, delta: Tensor, progress: Progress) -> None:
-    """theta <- phi: all learners go on from one body, as in joint training."""
+    """theta <- phi: all learners continue from the same body, as in joint training."""
     learner.theta.copy_(phi)

@@ -1,4 +1,4 @@
-"""The table of algorithms: a meta-gradient, a period and a shift each."""
+"""The table of algorithms: each row is a meta-gradient, a period and a shift."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from dist_cts.progress import Progress
 
 
 class MethodConfig(Config):
-    """Options of the algorithm; one that is given to an algorithm that does not take it is an error."""
+    """Options of the algorithm; setting one that the algorithm does not use is an error."""
 
     shift_every: int | None = Field(None, gt=0, description="inner steps between meta-updates; default 1, divides K")
     shift_scale: float | None = Field(None, gt=0, description="factor on the shift of theta; default 1")
     meta_gradient: Literal["reptile", "fomaml"] | None = Field(
-        None, description="reptile or fomaml, where phi is updated within an episode; default reptile"
+        None, description="reptile or fomaml, for algorithms that update phi within an episode; default reptile"
     )
     gradient_batch: GradientBatch | None = Field(
-        None, description="of fomaml and imaml: the last inner batch, or the next, unseen one; default last"
+        None, description="for fomaml and imaml: the last inner batch, or the next, unseen one; default last"
     )
     imaml: IMAMLConfig = IMAMLConfig()
     leap: LeapConfig = LeapConfig()
@@ -36,11 +36,11 @@ def _nothing(learner: TaskLearner) -> None:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A row: every `period` inner steps (None: once an episode, after K) phi is updated and theta shifted.
+    """A row: every `period` inner steps (None: once per episode, after K) phi is updated and theta shifted.
 
-    `begin` is called when an episode has started, `observe` in every inner step between gradient and update.
-    `evaluations` are the gradient evaluations of one meta-gradient beyond those of the inner steps; `replays` says that
-    the shift repeats the episode. `takes` names the options of `MethodConfig` that change this row.
+    `begin` is called at the start of an episode, `observe` in every inner step between gradient and update.
+    `evaluations` counts the gradient evaluations per meta-gradient in addition to the inner steps; `replays`: the shift
+    repeats the episode. `takes` names the options of `MethodConfig` that this row uses.
     """
 
     meta_gradient: Callable[[TaskLearner, Tensor], Tensor]
@@ -53,29 +53,29 @@ class Algorithm:
     takes: tuple[str, ...] = ()
 
     def gradient_evaluations(self, K: int) -> int:
-        """Gradient evaluations of one task in an episode of K inner steps: what the paper's Figure 4d counts.
+        """Gradient evaluations per task and episode of K inner steps, as counted in the paper's Figure 4d.
 
-        A Hessian-vector product, which passes twice over the gradient's graph, is two.
+        A Hessian-vector product counts as two.
         """
         period = self.period or K
         replayed = sum(range(period, K, period)) if self.replays else 0
         return K + K // period * self.evaluations + replayed
 
     def evaluations_per_meta_update(self, K: int) -> float:
-        """The mean of `gradient_evaluations` over the episode's meta-updates; of one task."""
+        """`gradient_evaluations` per task, divided by the number of meta-updates in an episode."""
         return self.gradient_evaluations(K) / (K // (self.period or K))
 
     def cost_note(self, K: int) -> str | None:
-        """A line to print before a run that is far dearer than its inner steps; None otherwise."""
+        """A warning for methods that cost more than twice the inner steps; None otherwise."""
         evaluations = self.gradient_evaluations(K)
         if evaluations <= 2 * K:
             return None
         why = "k of them at inner step k, which replays the episode from the new phi; " if self.replays else ""
-        return f"costs {evaluations} gradient evaluations a task and episode: {why}{evaluations / K:.3g} x those of cts"
+        return f"costs {evaluations} gradient evaluations per task and episode: {why}{evaluations / K:.3g} times cts"
 
 
 def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:
-    """All rows, with their options. mtl, joint training, is single-task training where there is one task."""
+    """All rows, with their options. mtl is joint training; with one task it is single-task training."""
     every, scale = method.shift_every or 1, method.shift_scale or 1.0
     batch = method.gradient_batch or "last"
     fomaml, held_out = partial(meta_gradients.fomaml, batch=batch), int(batch == "next")
@@ -136,10 +136,10 @@ ALGORITHMS = table(MethodConfig())
 
 
 def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr: float, seed: int) -> Algorithm:
-    """The row called `name` for episodes of K = `inner_steps`; `seed` is that of random_shifting's directions.
+    """The row called `name` for episodes of K = `inner_steps`; `seed` seeds the directions of random_shifting.
 
     Raises:
-        ValueError: no such row, or options that make no sense together.
+        ValueError: unknown name or incompatible options.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"algorithm={name!r}: choose one of {', '.join(ALGORITHMS)}")
@@ -147,11 +147,11 @@ def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr
     for option in ("shift_every", "shift_scale", "meta_gradient", "gradient_batch"):
         value = getattr(method, option)
         if value is not None and option not in row.takes:
-            why = "updates phi once an episode and shifts nothing" if row.period is None else "has no use for it"
+            why = "updates phi once per episode, without shift" if row.period is None else "does not use it"
             raise ValueError(f"method.{option}={value}: algorithm={name} {why}; leave it out")
     if method.gradient_batch is not None and row.evaluations == 0:
         raise ValueError(
-            f"method.gradient_batch={method.gradient_batch}: the Reptile difference takes no batch; "
+            f"method.gradient_batch={method.gradient_batch}: the Reptile difference uses no batch; "
             "set method.meta_gradient=fomaml too, or leave it out"
         )
     if inner_steps % (row.period or inner_steps):
@@ -160,7 +160,7 @@ def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr
             f"{inner_steps % row.period} steps of each episode would be lost"
         )
     if name in ("imaml", "leap") and inner_steps == 1:
-        raise ValueError(f"algorithm={name} looks back on a trajectory: inner_steps=1 gives it none")
+        raise ValueError(f"algorithm={name} needs a trajectory: set inner_steps to 2 or more, not 1")
     if name == "mtl" and meta_lr != 1:
-        raise ValueError(f"algorithm=mtl trains jointly, phi being the mean of the theta: set meta_lr=1, not {meta_lr}")
+        raise ValueError(f"algorithm=mtl is joint training, phi is the mean of theta: set meta_lr=1, not {meta_lr}")
     return row

@@ -1,12 +1,12 @@
-"""The files of a checkpoint: safetensors and a manifest, synced to disk before anyone relies on them.
+"""The files of a checkpoint: safetensors and a manifest, synced to disk before the checkpoint is published.
 
     step-00001000/
-        phi.safetensors          phi under its parameter names, as an exported phi has them
+        phi.safetensors          phi under its parameter names, as in an exported phi
         task-NAME.safetensors    theta and head, optimizer state and running statistics of one task
         manifest.json            step, config, and the size and checksum of every file; written last
 
-Not torch.distributed.checkpoint: its metadata is a pickle, which executes code when read, and it splits tensors over
-ranks, while a task's state lies on one rank: one file per task fits every layout as it is.
+Why not torch.distributed.checkpoint: its metadata is a pickle, which can execute code when read, and it shards tensors
+over ranks. Here one rank holds all of a task's state, so one file per task can be loaded with any placement.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def step_folder(step: int) -> str:
 
 
 def task_file(task: str) -> str:
-    """The name of a task's file; quoted, so that no task name leads out of the folder."""
+    """The name of a task's file; quoted, so that a task name cannot escape the folder."""
     return f"task-{urllib.parse.quote(task, safe='')}.safetensors"
 
 
@@ -64,7 +64,7 @@ def check_finite(name: str, state: State) -> None:
 
 
 def to_host(state: State, memory: State) -> dict[str, Tensor]:
-    """Host copies, reusing the tensors of `memory` that fit; copies from a GPU are pinned and overlap."""
+    """Host copies, reusing tensors of `memory` with the same shape; copies from a GPU are pinned and overlap."""
     copies = {}
     for name, tensor in state.items():
         old = memory.get(name)
@@ -77,7 +77,7 @@ def to_host(state: State, memory: State) -> dict[str, Tensor]:
 
 
 def write_state(path: Path, state: State, layout: str) -> StoredFile:
-    """Writes named host tensors; returns their entry of the manifest.
+    """Writes named host tensors; returns their manifest entry.
 
     Raises:
         ValueError: a tensor holds NaN or Inf.
@@ -93,8 +93,8 @@ def read_state(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file, parsed from the same bytes whose checksum was verified.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is truncated or corrupt, or the manifest does not list it.
+        FileNotFoundError: file not found.
+        ValueError: the file is truncated or corrupt, or the manifest does not list it.
     """
     if path.name not in manifest.files:
         raise ValueError(f"{path} is not listed in its manifest")
@@ -102,7 +102,7 @@ def read_state(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} is missing")
     data, expected = path.read_bytes(), manifest.files[path.name]
     if len(data) != expected.bytes:
-        raise ValueError(f"{path} is {len(data)} bytes, its manifest says {expected.bytes}")
+        raise ValueError(f"{path} has {len(data)} bytes, expected {expected.bytes} from its manifest")
     if _sha256(data) != expected.sha256:
         raise ValueError(f"{path} is corrupt: its checksum does not match the manifest")
     return safetensors.torch.load(data)
@@ -118,7 +118,7 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest in a checkpoint's folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: file not found.
         ValueError: it is truncated or corrupt, or belongs to another step.
     """
     path = checkpoint / MANIFEST
@@ -127,7 +127,7 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
         valid = values.pop("sha256") == seal(values) and checkpoint.name == step_folder(values["step"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, TypeError, AttributeError, KeyError):  # not JSON, or not an object of ours
+    except (ValueError, TypeError, AttributeError, KeyError):  # not JSON, or not a manifest
         valid = False
     if not valid:
         raise ValueError(f"{path} is truncated or corrupt")

@@ -36,7 +36,7 @@ from dist_cts.flat import load_named
 from dist_cts.state import TrainState
 
 PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
-# Keys that may differ in a resumed run: duration, place, logging and what is kept. A section stands for all its keys.
+# Keys that may differ in a resumed run: duration, location, logging, retention. A section name covers all its keys.
 MAY_DIFFER = (
     *("episodes", "run_dir", "device", "deterministic", "placement", "timeout_seconds", "max_minutes", "nonfinite"),
     *("loss_limit", "checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root"),
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class CheckpointConfig(Config):
-    """When to save and what to keep. A run also saves when it ends or is asked to stop."""
+    """When to save and what to keep. A run also saves when it finishes or is asked to stop."""
 
     every_steps: int = Field(1000, ge=0, description="save a checkpoint every N steps; 0 disables")
     every_minutes: float = Field(0.0, ge=0, description="save a checkpoint every N minutes; 0 disables")
@@ -57,7 +57,7 @@ class CheckpointConfig(Config):
 
 
 class _Report(NamedTuple):
-    """What each rank reports before a save; all ranks decide from all reports."""
+    """State of each rank before a save; all ranks decide from the gathered reports."""
 
     busy: bool
     newest: int | None
@@ -82,23 +82,23 @@ class CheckpointManager:
         """
         self.folder, self.config, self.placement = folder, config, placement
         self.warn = warn if placement.rank == 0 else lambda text: None
-        self.newest: int | None = None  # step of the newest valid checkpoint, as far as this rank knows
+        self.newest: int | None = None  # step of the newest valid checkpoint known to this rank
         self._thread: Thread | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}  # reused: allocating costs more than copying
         self._saved_at, self._saved_step, self._next_look = time.monotonic(), 0, 0
-        self._decision: tuple[int, bool] = (-1, False)  # the step that `due` was asked for, and its answer
+        self._decision: tuple[int, bool] = (-1, False)  # the last step that `due` was called with, and its result
         with raise_on_all_ranks():
             if placement.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
 
     def steps(self) -> list[int]:
-        """The steps that have a folder here, oldest first; loading verifies whether each is valid."""
+        """The steps that have a checkpoint folder, oldest first; only loading verifies them."""
         names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`: the same answer on every rank, however often it is asked."""
+        """Whether a checkpoint is due after `step`: the same answer on every rank and at every call."""
         if self._decision[0] != step:
             self._decision = step, self._decide(step)
         return self._decision[1]
@@ -108,7 +108,7 @@ class CheckpointManager:
             return True
         if not self.config.every_minutes or step < self._next_look:
             return False
-        # Rank 0's clock decides for all. It looks again halfway to the due time at the pace so far.
+        # Rank 0's clock decides for all ranks. It is checked again halfway to the due time, at the speed so far.
         passed = time.monotonic() - self._saved_at
         left = 60 * self.config.every_minutes - passed
         ahead = int(left / 2 / passed * (step - self._saved_step))
@@ -116,10 +116,10 @@ class CheckpointManager:
         return due
 
     def save(self, state: TrainState, config: Config, wait: bool = False) -> bool:
-        """Saves the state after its newest step, with the run's config. Training may continue when this returns.
+        """Starts saving the state and the run's config. Training may continue when this returns.
 
-        A failure (full disk, non-finite tensor) or an earlier save still running becomes a warning and leaves the last
-        valid checkpoint. `wait` waits for an earlier save and then for this one: for a run that ends.
+        A failure (full disk, non-finite tensor) or an earlier save still running is reported as a warning; the last
+        valid checkpoint stays. `wait` waits for an earlier save and for this one: for the end of a run.
 
         Returns:
             Whether the save has started; with `wait`, whether the step has a valid checkpoint. The same on every rank.
@@ -138,12 +138,12 @@ class CheckpointManager:
             return False
         if self.placement.rank == 0:
             states[PHI], layouts[PHI] = state.layout.views(state.phi), state.layout.fingerprint()
-        if self.placement.contributes:  # in a data group, whose ranks hold the same bits, only the first saves
+        if self.placement.contributes:  # the ranks of a data group hold the same bits: only the first saves
             self._copies = {name: to_host(tensors, self._copies.get(name, {})) for name, tensors in states.items()}
-            # Named by rank 0's token, so that no file of an earlier attempt, or of a rank that hung in it, gets in.
+            # Named by rank 0's token, so that files of an earlier attempt at this step cannot get in.
             temporary = self.folder / f"{step_folder(step)}.{ranks[0].token}.tmp"
             values = config.model_dump(mode="json")
-            # A daemon: a failing rank must not wait for the files of others, which may have failed before it.
+            # A daemon: a failing rank must not wait for the files of ranks that may have failed before it.
             self._thread = Thread(
                 target=self._write, args=(temporary, step, self._copies, layouts, values), daemon=True
             )
@@ -153,7 +153,7 @@ class CheckpointManager:
     def wait(self) -> int | None:
         """Waits for a running save on all ranks; returns the step of the newest valid checkpoint, or None.
 
-        The ranks exchange messages meanwhile, so that a slow disk is not taken for a lost rank, nor waited for forever.
+        The ranks exchange messages while waiting, so that a slow disk does not look like a lost rank.
         """
         while any(_from_all(self._busy())):
             if self._thread is not None:
@@ -164,11 +164,11 @@ class CheckpointManager:
     def load_newest(self, state: TrainState, config: Config, may_differ: Sequence[str] = MAY_DIFFER) -> int | None:
         """Restores phi, learners, progress and the batches' position from the newest valid checkpoint.
 
-        A checkpoint that any rank finds truncated or corrupt is reported, renamed to step-S.damaged, and the one before
-        it is used.
+        A checkpoint that any rank finds truncated or corrupt is reported and renamed to step-S.damaged; the one
+        before it is used.
 
         Returns:
-            The step that training continues after; None where there is no checkpoint.
+            The step of the checkpoint; None if there is no checkpoint.
 
         Raises:
             ValueError: there are checkpoints but none is valid, or the config or the model does not fit them.
@@ -196,7 +196,7 @@ class CheckpointManager:
     def _read(
         self, path: Path, state: TrainState, config: Config, may_differ: Sequence[str]
     ) -> dict[str, dict[str, Tensor]] | None:
-        """This rank's files of a checkpoint; None where any rank finds it damaged."""
+        """This rank's files of a checkpoint; None if any rank finds it damaged."""
         fault = None
         try:
             manifest = read_manifest(path)
@@ -215,7 +215,7 @@ class CheckpointManager:
             layouts = {task_file(learner.name): learner.flat.layout for learner in state.learners}
             for name, now in {PHI: state.layout, **layouts}.items():
                 if manifest.files[name].layout != now.fingerprint():
-                    raise ValueError(f"{path / name} belongs to a model with other tensors, shapes or strides")
+                    raise ValueError(f"{path / name} was saved from a model with other tensors, shapes or strides")
         return states
 
     def _busy(self) -> bool:
@@ -224,11 +224,11 @@ class CheckpointManager:
     def _write(
         self, temporary: Path, step: int, states: dict[str, State], layouts: dict[str, str], config: dict[str, Any]
     ) -> None:
-        """In the thread: writes this rank's files and their list; rank 0 collects all lists and publishes."""
+        """Runs in the thread: writes this rank's files and their list; rank 0 collects all lists and publishes."""
         rank = self.placement.rank
         try:
             if rank == 0:
-                self._remove_leftovers(but=temporary)  # all earlier saves have ended on all ranks
+                self._remove_leftovers(but=temporary)  # no earlier save is running on any rank
             temporary.mkdir(exist_ok=True)
             files = {name: write_state(temporary / name, state, layouts[name]) for name, state in states.items()}
             if rank != 0:
@@ -243,15 +243,15 @@ class CheckpointManager:
             self._prune()
         except (OSError, ValueError) as error:
             if rank != 0:
-                with suppress(OSError):  # on a full disk an empty file must do
+                with suppress(OSError):  # on a full disk the file may stay empty
                     (temporary / f"rank-{rank}.failed").write_text(str(error))
                 return
             shutil.rmtree(temporary, ignore_errors=True)
-            last = "there is none yet" if self.newest is None else f"the latest valid one is at step {self.newest}"
+            last = "no valid one yet" if self.newest is None else f"the latest valid one is at step {self.newest}"
             self.warn(f"step {step}: checkpoint failed: {error}; training continues, {last}")
 
     def _files_of_others(self, temporary: Path) -> dict[str, StoredFile]:
-        """The other ranks' lists, each as soon as it appears."""
+        """Waits for the other ranks' lists and merges them."""
         deadline, files = time.monotonic() + PATIENCE, {}
         for rank in sorted({ranks[0] for ranks in self.placement.assignment} - {0}):
             listed, failed = temporary / f"rank-{rank}.json", temporary / f"rank-{rank}.failed"
@@ -278,20 +278,20 @@ class CheckpointManager:
     def _set_aside(self, damaged: Sequence[Path]) -> None:
         for path in damaged:
             shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-            with suppress(OSError):  # not writable: the next save will report it
+            with suppress(OSError):  # not writable: the next save reports it
                 path.rename(path.with_suffix(".damaged"))
 
 
 def _with_new_keys(saved: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The saved values, and the defaults of keys that are newer than the checkpoint."""
+    """The saved values, with defaults for keys added since the checkpoint."""
     try:
         return type(config).model_validate(saved).model_dump(mode="json")
-    except ValueError:  # a key is gone: the comparison names it
+    except ValueError:  # a key was removed: the comparison names it
         return saved
 
 
 def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
-    """The keys whose values differ, such as `inner.lr was 0.05, is 0.1`, except those keys or sections that may."""
+    """The keys whose values differ, such as `inner.lr was 0.05, is 0.1`, except keys and sections in `may_differ`."""
     before, after = dict(_leaves(saved)), dict(_leaves(now))
     return [
         f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}"

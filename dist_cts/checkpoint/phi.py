@@ -1,4 +1,4 @@
-"""phi as a file: what a run exports, and what a run or a meta-test starts from."""
+"""phi as a file: exported by a run, loaded as initialization by a run or a meta-test."""
 
 import hashlib
 import io
@@ -18,14 +18,14 @@ from dist_cts.atomic import replace_file
 from dist_cts.checkpoint.files import State, check_finite, to_host
 
 SNAPSHOTS = "snapshots"  # folder of a run that holds phi_STEP.safetensors
-WRITER = {"written_by": "dist_cts"}  # marks a sealed file beside the seal: a flipped byte leaves one of the two
-SEAL = "dist_cts_sha256"  # key of the checksum over the whole file, itself excepted
-UNSEALED = "0" * 64  # stands for the checksum while it is computed
+WRITER = {"written_by": "dist_cts"}  # second mark of a sealed file: one flipped byte cannot remove both
+SEAL = "dist_cts_sha256"  # key of the checksum over the file, computed with UNSEALED in its place
+UNSEALED = "0" * 64  # placeholder
 _WEIGHTS = r"\w+_Weights\.\w+"  # how torchvision names its pretrained weights
 
 
 def export_phi(path: Path, named: State, metadata: Mapping[str, str]) -> None:
-    """Writes phi's named tensors as safetensors, atomically and sealed with a checksum over the whole file.
+    """Writes phi's named tensors as safetensors, atomically and with a checksum over the file.
 
     Raises:
         ValueError: a tensor holds NaN or Inf.
@@ -42,8 +42,8 @@ def load_phi(source: str | Path) -> dict[str, Tensor]:
 
     Args:
         source: a .safetensors file, a PyTorch state dict (.pt, .pth), or the name of torchvision's pretrained weights
-            such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. A head among them is dropped by whoever
-            asks for the body's tensors.
+            such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. Their head is included;
+            load_named ignores it.
 
     Raises:
         FileNotFoundError: file not found.
@@ -71,7 +71,7 @@ def load_phi(source: str | Path) -> dict[str, Tensor]:
 
 
 def phi_metadata(source: str | Path) -> dict[str, str]:
-    """What a run wrote about its phi: algorithm, step, tasks, cumulative_inner_steps, ...; empty for other files."""
+    """The metadata of an exported phi: algorithm, step, tasks, cumulative_inner_steps, ...; empty for other files."""
     if Path(source).suffix != ".safetensors":
         return {}
     with safetensors.safe_open(source, "pt") as file:
@@ -80,9 +80,9 @@ def phi_metadata(source: str | Path) -> dict[str, str]:
 
 
 def named_starts(arguments: Iterable[str]) -> dict[str, str]:
-    """What `load_phi` takes for each initialization, by name, from arguments [NAME=]SOURCE.
+    """The source of each initialization by name, from arguments [NAME=]SOURCE.
 
-    The default name is the run folder's, or that of torchvision's weights. A folder of snapshots gives one
+    NAME defaults to the name of the run folder or of the torchvision weights. A folder of snapshots gives one
     initialization NAME@STEP per snapshot.
 
     Raises:
@@ -127,17 +127,17 @@ def _downloaded(name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = path.stem.rpartition("-")[2]  # its first digits are in the name
+        sha256 = path.stem.rpartition("-")[2]  # the file name contains its first digits
         try:
             torch.hub.download_url_to_file(url, str(path), sha256, progress=False)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise OSError(f"{name} cannot be downloaded ({reason}); put {url} into {path.parent}") from None
+            raise OSError(f"{name} cannot be downloaded ({reason}); download {url} to {path.parent}") from None
     return path
 
 
 def _check_seal(data: bytes) -> None:
-    """Raises ValueError if a sealed file was changed; one without a seal comes from elsewhere and is taken as it is."""
+    """Raises ValueError if a sealed file was changed; files without a seal come from elsewhere and are accepted."""
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     if SEAL not in metadata and not WRITER.items() <= metadata.items():

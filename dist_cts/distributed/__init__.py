@@ -1,1 +1,1 @@
-"""Ranks: process group, placement of tasks, the one collective per step, liveness."""
+"""Ranks: process group, placement of tasks, the all-reduce, liveness."""

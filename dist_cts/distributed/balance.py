@@ -1,7 +1,7 @@
-"""Balancing tasks of unequal cost: from step times and batch sizes, or from a mapping by name, to an assignment.
+"""Load balancing: assigns tasks to ranks by step times and batch sizes, or by a mapping from the config.
 
 A step takes as long as its busiest rank. A rank's load is the sum of its tasks' step times, or 1 / D of one task's in a
-data group of D ranks: the model ignores what sharing a batch costs.
+data group of D ranks: the cost of sharing a batch is ignored.
 """
 
 import heapq
@@ -11,14 +11,14 @@ from itertools import product
 
 from dist_cts.distributed.placement import Assignment, even_assignment
 
-CANDIDATES = 8  # divisions of the ranks that are tried per number of data groups, the most promising first
+CANDIDATES = 8  # divisions of the ranks that are tried per number of data groups, lowest bound first
 
-Costs = dict[str, float] | None  # seconds per inner step of every task on one rank, by the task's name
+Costs = dict[str, float] | None  # seconds per inner step on one rank, by task name
 Grouping = tuple[float, tuple[int, ...]]  # predicted load, and the sizes of the data groups
 
 
 def describe_assignment(assignment: Assignment, names: Sequence[str], costs: Costs) -> str:
-    """One line: which tasks are on which ranks and, with `costs`, the predicted step time."""
+    """One line: the tasks of each rank and, with `costs`, the predicted step time."""
     tasks: dict[tuple[int, ...], list[str]] = {}
     for ranks, name in sorted(zip(assignment, names, strict=True)):
         tasks.setdefault(ranks, []).append(name)
@@ -39,7 +39,7 @@ def loads(assignment: Assignment, costs: Sequence[float]) -> list[float]:
 
 
 def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) -> Assignment:
-    """The assignment that minimizes the busiest rank's load with a task on every rank; the even one among equals.
+    """The assignment that minimizes the busiest rank's load with a task on every rank; prefers the even one if equal.
 
     The heaviest tasks may get data groups of sizes that divide their batches; the others go, heaviest first, to the
     least loaded of the remaining ranks. On up to 8 ranks with one batch size the load is at most 4/3 of the optimum.
@@ -54,11 +54,11 @@ def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) ->
     order = sorted(range(len(costs)), key=lambda task: -costs[task])
     best = _even(world_size, batch_sizes)
     least = max(loads(best, costs)) if best else math.inf
-    groupings: dict[int, Grouping] = {0: (0.0, ())}  # of the `heavy` heaviest tasks, by the number of ranks they occupy
+    groupings: dict[int, Grouping] = {0: (0.0, ())}  # of the `heavy` heaviest tasks, by the number of ranks used
     for heavy in range(len(order) + 1):
         light = order[heavy:]
         work = sum(costs[task] for task in light)
-        bounds = {  # a lower bound of the load: the light tasks taken as divisible
+        bounds = {  # a lower bound of the load: light tasks as if divisible
             taken: max(load, work / (world_size - taken)) if light else load
             for taken, (load, _) in groupings.items()
             if (taken < world_size if light else taken == world_size)
@@ -73,8 +73,8 @@ def plan(costs: Sequence[float], world_size: int, batch_sizes: Sequence[int]) ->
             groupings = _with_group(groupings, costs[light[0]], batch_sizes[light[0]], world_size)
     if best is None:
         raise ValueError(
-            f"placement=auto: {len(costs)} tasks do not fit {world_size} ranks, as ranks that share a task must divide "
-            f"its batch ({min(batch_sizes)} to {max(batch_sizes)} images); start fewer ranks"
+            f"placement=auto: {len(costs)} tasks do not fit {world_size} ranks: the number of ranks that share a task "
+            f"must divide its batch size ({min(batch_sizes)} to {max(batch_sizes)}); start fewer ranks"
         )
     return best
 
@@ -83,14 +83,14 @@ def named_assignment(mapping: Mapping[str, Sequence[int]], names: Sequence[str],
     """The assignment that a config gives by name: the ranks of every task.
 
     Raises:
-        ValueError: an unknown task, a rank out of range, listed twice or idle; the first fault is named.
+        ValueError: an unknown task, or a rank out of range, listed twice or idle; the message names the first fault.
     """
     if unknown := mapping.keys() - set(names):
         raise ValueError(f"placement: unknown task {min(unknown)!r}; the tasks are {', '.join(names)}")
     for name in names:
         ranks = mapping.get(name, ())
         if not ranks:
-            raise ValueError(f"placement: task {name} has no rank")
+            raise ValueError(f"placement: task {name} has no rank; add it to the mapping")
         if len(set(ranks)) < len(ranks):
             raise ValueError(f"placement: task {name} lists a rank twice: {list(ranks)}")
         for rank in ranks:
@@ -107,7 +107,7 @@ def named_assignment(mapping: Mapping[str, Sequence[int]], names: Sequence[str],
 
 
 def _even(world_size: int, batch_sizes: Sequence[int]) -> Assignment | None:
-    """The even assignment, if there is one and the batches divide."""
+    """The even assignment; None if the tasks or the batches do not divide evenly."""
     share, rest = divmod(world_size, len(batch_sizes))
     if share and (rest or any(size % share for size in batch_sizes)):
         return None
@@ -115,7 +115,7 @@ def _even(world_size: int, batch_sizes: Sequence[int]) -> Assignment | None:
 
 
 def _with_group(groupings: dict[int, Grouping], cost: float, batch_size: int, world_size: int) -> dict[int, Grouping]:
-    """The groupings with one more group for a task of that cost: the best per number of ranks occupied."""
+    """The groupings with one more group, for a task of that cost: the best per number of ranks used."""
     more: dict[int, Grouping] = {}
     divisors = [size for size in range(2, world_size + 1) if batch_size % size == 0]
     for (taken, (load, sizes)), size in product(groupings.items(), divisors):
@@ -125,7 +125,7 @@ def _with_group(groupings: dict[int, Grouping], cost: float, batch_size: int, wo
 
 
 def _pack(tasks: Sequence[int], costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Tasks, heaviest first, each on the least loaded rank."""
+    """Puts each task, heaviest first, on the least loaded rank."""
     piles: list[list[int]] = [[] for _ in range(ranks)]
     queue = [(0.0, rank) for rank in range(ranks)]
     for task in tasks:

@@ -9,10 +9,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Makes glibc's malloc keep up to 2 GiB of freed memory for the next step; no effect with another malloc.
 
-    Every step on a CPU allocates activations and gradients. By default malloc returns free memory at the heap's end to
-    the system, and the next step takes tens of thousands of page faults to get it back. Setting one threshold freezes
-    the other at its initial value, so the size from which an allocation gets a mapping of its own is set too, to the
-    value that malloc reaches by itself.
+    Every step on a CPU allocates activations and gradients. By default malloc returns free memory at the end of the
+    heap to the system, and the next step takes tens of thousands of page faults to get it back. Setting one threshold
+    turns off the automatic adjustment of both, so the mmap threshold is set too, to the maximum of that adjustment.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

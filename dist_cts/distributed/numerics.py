@@ -1,4 +1,4 @@
-"""What a GPU may round and reorder: TF32, and kernels whose sums have no fixed order."""
+"""GPU numerics: TF32, bf16, and deterministic kernels."""
 
 import os
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISION_HELP = "of matrix products on a GPU: fp32; tf32; bf16: autocast, with theta, phi and the reduction in fp32"
-DETERMINISTIC_HELP = "on a GPU, only kernels that give the same bits in every run; false may be faster"
+DETERMINISTIC_HELP = "on a GPU, use only deterministic kernels; false may be faster"
 
 
 def set_numerics(device: torch.device, precision: Precision, deterministic: bool) -> None:
-    """Applies `precision` and `deterministic` to this process: before its first CUDA kernel and its process group.
+    """Applies `precision` and `deterministic` to this process; call before the first CUDA kernel and the process group.
 
-    Does nothing for a CPU, whose kernels are deterministic and know no TF32.
+    No effect on a CPU, whose kernels are deterministic and have no TF32.
     """
     if device.type != "cuda":
         return
@@ -25,12 +25,12 @@ def set_numerics(device: torch.device, precision: Precision, deterministic: bool
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per allocation; nothing here reads it
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's documented condition
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums inside the switch arrive in any order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for determinism
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink SHARP sums in any order
 
 
 def numerics(device: torch.device) -> dict[str, object]:
-    """What the bits of a GPU's results depend on, as it is now set: libraries, driver and flags; empty for a CPU."""
+    """The libraries, driver and flags that determine the bits of a GPU's results; empty for a CPU."""
     if device.type != "cuda":
         return {}
     driver = Path("/proc/driver/nvidia/version")

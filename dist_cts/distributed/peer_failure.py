@@ -1,9 +1,9 @@
-"""Lost peers: which ranks are gone when a collective fails, and waiting for a GPU that may never finish.
+"""Lost peers: finds out which ranks are dead or hang when a collective fails or never finishes.
 
-gloo only reports that a connection closed or timed out, and a rank far from the lost one notices nothing until others
-leave. NCCL reports nothing at all: its collective never ends. So a thread of every rank polls the store of the process
-group, which torchrun's agent serves. The first rank that meets a failure starts a roll call there, waits, and names the
-ranks whose threads have not answered.
+gloo only reports that a connection closed or timed out, and ranks without a connection to the lost one notice nothing
+until others exit. NCCL reports nothing: its collective never returns. So a thread on every rank polls the process
+group's store, which torchrun's agent serves. The first rank whose collective fails starts a liveness check there and
+reports the ranks that have not answered in time.
 """
 
 import time
@@ -18,21 +18,21 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from dist_cts.errors import RankError, RunError
 
-POLL_SECONDS = 0.5  # between two looks of a rank's thread into the store
-ANSWER_SECONDS = 4.0  # that the live ranks have to answer the roll call
-# The time that a GPU has after SIGTERM: torchrun sends it when a peer has died, and SIGKILL 30 seconds later.
+POLL_SECONDS = 0.5  # interval at which a rank polls the store
+ANSWER_SECONDS = 4.0  # time for the ranks to answer the liveness check
+# Wait for the GPU after SIGTERM: torchrun sends it when a peer has died, and SIGKILL 30 seconds later.
 STOP_SECONDS = 5.0
 RESUME = "run the same command to resume from the latest checkpoint"
 
 
 class LivenessCheck:
-    """The roll call over the ranks of the process group, in a store that all of them reach; it ends the run."""
+    """Asks all ranks through the process group's store whether they are alive; used once, when a run fails."""
 
     def __init__(self) -> None:
         self.describe: Callable[[list[int]], str] = lambda ranks: "rank " + ", ".join(map(str, ranks))
         self._rank, self._world_size, self._store = dist.get_rank(), dist.get_world_size(), _get_default_store()
         self._closed = Event()
-        if self._world_size > 1:  # on a connection of its own: a blocked call holds a connection
+        if self._world_size > 1:  # own connection: a blocked call occupies one
             Thread(target=self._answer, args=(self._store.clone(),), daemon=True).start()
 
     def close(self) -> None:
@@ -40,28 +40,28 @@ class LivenessCheck:
         self._closed.set()
 
     def failure(self, fault: str) -> RunError:
-        """The error to raise after a collective failed with `fault`; the rank that started the roll call prints it.
+        """The error to raise after a collective failed with `fault`; the rank that started the check prints it.
 
-        Takes ANSWER_SECONDS, and at most four times that: when a rank exits, torchrun sends the others SIGTERM, which
-        run/shutdown.py holds back, and SIGKILL 30 seconds later.
+        Takes ANSWER_SECONDS, at most four times that: when a rank exits, torchrun sends the others SIGTERM, which
+        run/shutdown.py catches, and SIGKILL 30 seconds later.
         """
         verdicts: list[tuple[int, str]] = []
 
         def call() -> None:
-            with suppress(RuntimeError):  # the store itself is out of reach
+            with suppress(RuntimeError):  # the store is unreachable
                 verdicts.append(self._call())
 
-        # In a thread: on a network that was cut, a call to the store blocks until the kernel gives the connection up.
+        # In a thread: in a network partition, a call to the store blocks until the kernel closes the connection.
         caller = Thread(target=call, daemon=True)
         caller.start()
         caller.join(4 * ANSWER_SECONDS)
         if not verdicts:
-            return RankError(f"the other ranks and the store of torchrun are out of reach ({fault}); {RESUME}")
+            return RankError(f"the other ranks and torchrun's store are unreachable ({fault}); {RESUME}")
         rank, text = verdicts[0]
         return RunError(text or f"a collective failed although every rank is alive ({fault}); {RESUME}", speaker=rank)
 
     def _call(self) -> tuple[int, str]:
-        """The rank that started the roll call, and its line on the missing ranks; empty if none is missing."""
+        """The rank that started the check, and its message about missing ranks; empty if none is missing."""
         caller = int(self._store.compare_set("roll/caller", "", str(self._rank)))
         if caller == self._rank:
             missing = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -75,7 +75,7 @@ class LivenessCheck:
         return caller, self._store.get("roll/verdict").decode()
 
     def _answer(self, store: dist.Store) -> None:
-        with suppress(RuntimeError):  # the store is gone, and torchrun with it: run/shutdown.py stops this rank
+        with suppress(RuntimeError):  # torchrun is gone: run/shutdown.py stops this rank
             while not self._closed.wait(POLL_SECONDS):
                 if store.check(["roll/caller"]):
                     store.set(f"roll/{self._rank}", "here")
@@ -84,10 +84,10 @@ class LivenessCheck:
 
 @contextmanager
 def liveness_checked() -> Iterator[LivenessCheck]:
-    """A block in which the loss of a rank becomes one line, printed by one of the surviving ranks.
+    """A block in which the loss of a rank becomes a one-line error, printed by one of the surviving ranks.
 
     Raises:
-        RunError: in place of what gloo, NCCL or `wait_for_gpu` raise when a rank is lost.
+        RunError: replaces the error of gloo, NCCL or `wait_for_gpu` when a rank is lost.
     """
     liveness = LivenessCheck()
     try:
@@ -106,8 +106,7 @@ def liveness_checked() -> Iterator[LivenessCheck]:
 def wait_for_gpu(event: torch.cuda.Event, timeout_seconds: float, stop_requested: Callable[[], bool]) -> None:
     """Returns once the GPU has reached `event`.
 
-    Polls: `event.synchronize()` would never return from an NCCL collective whose peer is lost, and meanwhile Python
-    would handle no signal.
+    Polls: `event.synchronize()` never returns if a peer of an NCCL collective is lost, and blocks signal handlers.
 
     Raises:
         DistBackendError: after `timeout_seconds`, or STOP_SECONDS if the rank was asked to stop.

@@ -1,4 +1,4 @@
-"""Placement: T tasks on W ranks, the even assignment, and the data groups that share a task."""
+"""Placement: which of T tasks run on which of W ranks; the even assignment; data groups that share a task."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ Assignment = tuple[tuple[int, ...], ...]  # the ranks of every task, in task ord
 
 @dataclass(frozen=True)
 class Placement:
-    """T tasks on W ranks, as one of the ranks sees it.
+    """T tasks on W ranks, seen from one rank.
 
-    A rank either has one or several tasks to itself, or is one of the D ranks of a data group, which share every batch
-    of a single task; D may differ between tasks. No rank is without a task.
+    A rank either has one or more tasks of its own, or is one of the D ranks of a data group, which share every batch of
+    a single task; D may differ between tasks. Every rank has a task.
     """
 
     assignment: Assignment
@@ -49,7 +49,7 @@ class Placement:
 
     @property
     def contributes(self) -> bool:
-        """Whether this rank's theta counts in the mean: the other ranks of its data group hold the same bits."""
+        """Whether this rank's theta enters the mean: only the first rank of a data group, as all hold the same bits."""
         return self.data_rank == 0
 
 
@@ -57,7 +57,7 @@ def even_assignment(tasks: int, world_size: int) -> Assignment:
     """Equal loads for equal tasks: contiguous blocks of tasks per rank, or D neighbouring ranks per task.
 
     Raises:
-        ValueError: more ranks than tasks, and not a multiple of them.
+        ValueError: W > T and T does not divide W.
     """
     if world_size <= tasks:
         return tuple((((task + 1) * world_size - 1) // tasks,) for task in range(tasks))
@@ -71,16 +71,16 @@ def even_assignment(tasks: int, world_size: int) -> Assignment:
 
 
 def place(tasks: int, world_size: int, rank: int) -> Placement:
-    """The even placement as `rank` sees it; needs no process group.
+    """The even placement, seen from `rank`; needs no process group.
 
     Raises:
-        ValueError: more ranks than tasks, and not a multiple of them.
+        ValueError: W > T and T does not divide W.
     """
     return Placement(even_assignment(tasks, world_size), world_size, rank)
 
 
 def data_group(placement: Placement, timeout_seconds: float = 120) -> dist.ProcessGroup | None:
-    """The process group of the ranks that share this rank's task; None where it has its tasks to itself.
+    """The process group of the ranks that share this rank's task; None if no other rank does.
 
     Collective: every rank calls this.
     """

@@ -18,7 +18,7 @@ from dist_cts.flat import FlatLayout
 
 
 def select_device(name: str) -> torch.device:
-    """Selects and initializes the device: `cpu`, `cuda`, or `auto`, which takes the GPU if every local rank has one.
+    """Selects and initializes the device: `cpu`, `cuda`, or `auto`, the GPU if every local rank has one.
 
     Raises:
         ValueError: `cuda` with fewer GPUs than local ranks.
@@ -37,21 +37,19 @@ def select_device(name: str) -> torch.device:
 
 
 def backend_timeout(device: torch.device, timeout_seconds: float) -> float:
-    """The timeout in seconds to give a process group, so that a rank notices a lost peer after `timeout_seconds`.
+    """The timeout in seconds to give a process group, so that a lost peer is noticed after `timeout_seconds`.
 
-    NCCL's own must come later than `wait_for_gpu`: its watchdog aborts the process without naming the lost rank.
+    NCCL's timeout must be longer than that of `wait_for_gpu`: its watchdog aborts without naming the lost rank.
     """
     return timeout_seconds + (60 if device.type == "cuda" else 0)
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """Joins torchrun's process group: gloo for the CPU's tensors and all objects, NCCL for a GPU's tensors.
+    """Joins torchrun's process group: gloo for CPU tensors and objects, NCCL for GPU tensors.
 
-    Without torchrun, a group of one rank. Objects must not go through NCCL: reading one back would block, without a
-    timeout, on a peer that is gone.
-
-    The group is destroyed only on success: after a failure the peers may be gone, and destroying it could block.
+    Without torchrun, creates a group of one rank. Objects do not go through NCCL: receiving one from a lost peer would
+    block without a timeout. The group is destroyed only on success: after a failure that could block.
 
     Raises:
         RunError: a rank did not join in time.
@@ -59,7 +57,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     timeout = timedelta(seconds=backend_timeout(device, timeout_seconds))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # on one node, needs no host name that resolves
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # on one node, the host name need not resolve
     if "RANK" in os.environ:
         device_id = device if device.type == "cuda" else None
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -74,7 +72,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
 
 
 def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """An identifier of this start of the ranks, drawn by rank 0, which prefixes all keys of the process group.
+    """An identifier of this launch of the ranks, drawn by rank 0; it prefixes all keys of the process group.
 
     torchrun keeps its store across restarts, with the addresses of dead processes; a rank that reads a stale address
     hangs. Protocol: every rank > 0 writes a greeting with a random token and accepts only an answer that repeats it;
@@ -112,7 +110,7 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """A block whose errors on any rank are raised on all ranks, so that none waits for a failed one.
+    """A block that raises an error of any rank on all ranks, so that none waits for a failed one.
 
     Collective: every rank enters and leaves the block.
 
@@ -138,7 +136,7 @@ def check_layouts(layout: FlatLayout) -> None:
     """Verifies that phi's layout is the same on all ranks, before any tensor is exchanged.
 
     Raises:
-        ValueError: two ranks differ; both are named, with the first differing tensor.
+        ValueError: two ranks differ; the message names both and the first differing tensor.
     """
     prints: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(prints, layout.fingerprint())
@@ -151,14 +149,14 @@ def check_layouts(layout: FlatLayout) -> None:
     for index in range(max(len(mine), len(theirs))):
         a, b = (side[index] if index < len(side) else "missing" for side in (mine, theirs))
         if a != b:
-            raise ValueError(f"ranks 0 and {other} have different models: tensor {index} is {a} against {b}")
+            raise ValueError(f"ranks 0 and {other} have different models: tensor {index} is {a}, on rank {other} {b}")
 
 
 def check_same_bits(vector: Tensor, step: int) -> None:
-    """Verifies by a hash that a replicated vector has the same bits on all ranks.
+    """Verifies by a hash that a replicated vector is bit-identical on all ranks.
 
     Raises:
-        RunError: a rank differs; it is named.
+        RunError: a rank differs; the message names it.
     """
     mine = hashlib.sha256(vector.cpu().numpy().tobytes()).hexdigest()
     hashes: list[str] = [""] * dist.get_world_size()

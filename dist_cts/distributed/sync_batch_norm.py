@@ -1,4 +1,4 @@
-"""Batch norm over a data group, so that D ranks with 1 / D of a batch each compute what one rank would."""
+"""Synchronized batch norm: D ranks with 1 / D of a batch each compute the same as one rank with the full batch."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """All-reduce in forward and, because every rank's output depends on every input, in backward."""
+    """All-reduce in forward and in backward, because every rank's output depends on every rank's input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -23,9 +23,9 @@ class _SumOverGroup(torch.autograd.Function):
 
 
 class GroupBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with the batch statistics of a whole process group, in fp32 under autocast, too.
+    """BatchNorm2d with batch statistics over a process group, computed in fp32 also under autocast.
 
-    `nn.SyncBatchNorm` computes the same, but on GPUs only, and there it makes the host wait in every layer.
+    `nn.SyncBatchNorm` computes the same, but only on GPUs, and it synchronizes with the host in every layer.
     """
 
     group: dist.ProcessGroup
@@ -47,7 +47,7 @@ class GroupBatchNorm(nn.BatchNorm2d):
 
 
 def convert_sync_batch_norm(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    """The model, in place, with its batch norms over `group`, under the same names; None changes nothing."""
+    """Synchronizes the model's batch norms over `group`, in place; None: unchanged."""
     if group is not None:
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: placement, learners, phi_0."""
+"""Builds the parts of a run from its configuration: placement, learners, phi_0."""
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from dist_cts.run.config import TaskConfig, TrainConfig
 
 
 def choose_assignment(config: TrainConfig, costs: Costs, world_size: int) -> Assignment:
-    """The ranks of every task, as `placement` says; `costs` are the measured step times that `auto` plans with.
+    """The ranks of every task according to `config.placement`; `costs`: measured step times, for `auto`.
 
     Raises:
         ValueError: the tasks do not fit the ranks.
@@ -26,13 +26,13 @@ def choose_assignment(config: TrainConfig, costs: Costs, world_size: int) -> Ass
         return even_assignment(len(names), world_size)
     if config.placement != "auto":
         return named_assignment(config.placement, names, world_size)
-    # iMAML's Hessian-vector products need the whole batch on one rank: a batch of 1 cannot be shared.
+    # iMAML's Hessian-vector products need the full batch on one rank; a batch size of 1 prevents sharing.
     sizes = [1 if config.algorithm == "imaml" else config.batch_size_of(task) for task in config.tasks]
     return plan([costs[name] for name in names], world_size, sizes)
 
 
 def build_learners(config: TrainConfig, placement: Placement, device: torch.device) -> list[TaskLearner]:
-    """This rank's learners in task order, each with its task's training images; needs no other rank.
+    """This rank's learners in task order, each with its task's training images; no communication.
 
     Raises:
         ValueError, FileNotFoundError: a prepared task is missing, damaged, or does not fit the configuration.
@@ -41,7 +41,7 @@ def build_learners(config: TrainConfig, placement: Placement, device: torch.devi
 
 
 def build_learner(config: TrainConfig, device: torch.device, name: str, classes: int, batches: Batches) -> TaskLearner:
-    """One task's learner on the given batches; its initial weights follow from the seed and the task's name."""
+    """One task's learner on the given batches; its initial weights depend only on the seed and the task's name."""
     model, head = models.build(config.model, classes, config.seed, "head", name)
     model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
@@ -49,7 +49,7 @@ def build_learner(config: TrainConfig, device: torch.device, name: str, classes:
 
 
 def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -> Tensor:
-    """phi_0 [N] from `init` or the seed: built on rank 0 and broadcast, so that all ranks start with the same bits.
+    """phi_0 [N] from `init` or the seed: built on rank 0 and broadcast, so that it is bit-identical on all ranks.
 
     Raises:
         ValueError, OSError: `init` is missing, damaged, or does not fit the model.

@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class TaskConfig(Config):
-    """One task: the name of its prepared folder, and what differs from the other tasks."""
+    """One task: the name of its prepared folder, and its own settings."""
 
     name: str
     classes: int | None = Field(None, gt=0, description="checked against the manifest")
@@ -30,10 +30,10 @@ Task = Annotated[TaskConfig, BeforeValidator(lambda value: {"name": value} if is
 
 
 class TrainConfig(Config):
-    """A meta-training run; the defaults are the paper's section 4.2."""
+    """A meta-training run; the defaults are those of the paper's section 4.2."""
 
     algorithm: str = Field("cts", description=", ".join(ALGORITHMS))
-    episodes: int = Field(200, gt=0, description="M, number of episodes; each resets every learner to phi")
+    episodes: int = Field(200, gt=0, description="M, number of episodes; each starts by resetting every learner to phi")
     inner_steps: int = Field(1000, gt=0, description="K, inner steps per episode")
     meta_lr: float = Field(0.01, gt=0, description="beta, smaller for larger K (supplement, Table 3)")
     tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
@@ -93,13 +93,13 @@ class TrainConfig(Config):
         return [task.name for task in self.tasks]
 
     def batch_size_of(self, task: TaskConfig) -> int:
-        """B, the task's own or the run's."""
+        """The task's batch size, by default the run's."""
         return task.batch_size or self.batch_size
 
     def with_run_dir(self, file: Path | None = None) -> "TrainConfig":
-        """This configuration with its default run folder filled in: runs/ and the path of `file` below configs/.
+        """This configuration with its default run folder filled in: runs/ + the path of `file` below configs/.
 
-        Several folders there have a cts.yaml. A file elsewhere gives its name, no file the algorithm's.
+        For a file elsewhere, runs/ + its name; without a file, runs/ + the algorithm.
         """
         if self.run_dir is not None:
             return self

@@ -1,4 +1,4 @@
-"""Measured step times of the tasks, which `placement: auto` plans with; the run folder keeps them for a resume."""
+"""Measured step times of the tasks, for `placement: auto`; kept in the run folder for a resume."""
 
 import json
 
@@ -20,8 +20,8 @@ STEP_SECONDS = "step_seconds.json"  # in the run folder
 def shared_costs(config: TrainConfig, device: torch.device, fresh: bool = False) -> Costs:
     """Each task's step time on one rank: rank 0 measures on random images and broadcasts the result.
 
-    A resumed run takes the times in its run folder: the same number of ranks then gets the same placement, and with it
-    the same bits. With `fresh` they are measured again.
+    A resumed run reuses the times in its run folder: with the same number of ranks it gets the same placement and is
+    bit-identical. `fresh` measures again.
 
     Raises:
         ValueError, FileNotFoundError: a prepared task is missing.

@@ -1,4 +1,4 @@
-"""Exit codes, and how a command ends: one line per error and a code that a scheduler understands."""
+"""Exit codes; turns the errors of a command into one line on stderr and an exit code for schedulers."""
 
 import faulthandler
 import os
@@ -9,14 +9,14 @@ from typing import NoReturn
 
 from dist_cts.errors import RunError
 
-DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint, run the same command again
+DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint; run the same command to resume
 
 
 def finish(command: Callable[[], int]) -> int:
-    """Runs `command` and returns its exit code; an error becomes one line on stderr.
+    """Runs `command` and returns its exit code; an error is printed as one line on stderr.
 
-    ValueError and FileNotFoundError (bad usage or config) return 2; RunError, OSError and ImportError (it failed)
-    return 1. An error that all ranks share is printed by rank 0, or by the rank that a RunError names.
+    ValueError and FileNotFoundError (invalid usage or config) return 2; RunError, OSError and ImportError return 1.
+    Only one rank prints: `speaker` of a RunError, otherwise rank 0.
     """
     speaker = 0
     faulthandler.enable(2)  # prints a traceback on SIGSEGV or SIGBUS, which raise no exception
@@ -38,8 +38,8 @@ def finish(command: Callable[[], int]) -> int:
 def exit_process(code: int) -> NoReturn:
     """Exits without Python's shutdown; all files must be closed.
 
-    gloo's threads outlive the interpreter and can abort an orderly exit, so that a finished rank looks like a crash.
-    A torchrun with --max-restarts is ended too where a restart would not help: after a requested stop or a bad config.
+    gloo's threads outlive the interpreter and can abort during shutdown, so that a finished rank looks crashed. After a
+    requested stop or a usage error, torchrun --max-restarts is terminated too, because it would restart the run.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,16 +25,16 @@ from dist_cts.config import Config
 from dist_cts.distributed.numerics import numerics
 
 PACKAGES = ("dist_cts", "torch", "torchvision", "numpy", "ffcv")
-STOPPED = "stopped"  # stands for exit code 75 where torchrun turns it into 1; the batch scripts look for it
+STOPPED = "stopped"  # marks exit code 75, which torchrun turns into 1; the batch scripts check it
 
 
 def claim(folder: Path, fresh: bool = False) -> IO[str]:
-    """Locks the run folder for this process until the returned file is closed, and removes what killed runs left.
+    """Locks the run folder until the returned file is closed, and removes temporary files of killed runs.
 
-    `fresh` renames a folder that holds a run to the first free one of FOLDER.1, FOLDER.2, ... and makes a new one.
+    `fresh` renames a folder that holds a run to the first free name FOLDER.1, FOLDER.2, ... and creates a new one.
 
     Raises:
-        ValueError: another run holds the lock; its process and host are named.
+        ValueError: another run holds the lock; the message names its process and host.
         OSError: the folder cannot be written.
     """
     with writing(folder):
@@ -63,7 +63,7 @@ def writing(folder: Path) -> Iterator[None]:
     """A block that writes into the run folder.
 
     Raises:
-        OSError: what went wrong, with the folder and the remedy.
+        OSError: with folder, cause and remedy in the message.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def restarted() -> bool:
-    """Whether torchrun or SLURM has restarted any rank: each agent counts only the failures that it has seen."""
+    """Whether torchrun or SLURM has restarted any rank; gathered, because an agent counts only failures on its node."""
     mine = any(os.environ.get(key, "0") != "0" for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     everywhere = [mine] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
@@ -87,7 +87,7 @@ def describe_run(folder: Path, resolved: Config, device: torch.device, world_siz
 
 
 def environment(device: torch.device, world_size: int) -> dict:
-    """What a result depends on besides its config: commit, versions, devices, command, date."""
+    """Provenance of a result besides its config: commit, versions, devices, command, date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -107,7 +107,7 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # not installed, or used from a checkout
+        return None  # not installed, or run from a checkout
 
 
 def _git(*arguments: str) -> str | None:

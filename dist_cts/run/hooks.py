@@ -1,4 +1,4 @@
-"""What happens after every inner step: an ordered list of hooks, the same on every rank."""
+"""Hooks that run after every inner step: an ordered list, the same on every rank."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Hook = Callable[[], None]
 
 
 class Hooks:
-    """Logging, evaluation, checks, snapshots and checkpoints. All ranks take every decision here at the same step."""
+    """Logging, evaluation, checks, snapshots and checkpoints. All ranks make each decision at the same step."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Hooks:
         self.diverging: set[int] = set()  # tasks already reported
         self.order: tuple[Hook, ...] = (
             self.request_stop,  # into the next reduction's control tail
-            self.read_controls,  # from the reductions that have arrived
+            self.read_controls,  # of the reductions that have completed
             self._every(config.log_every, self.log),
             self._every(config.eval_every, self.evaluate),
             self.check_phi,
@@ -57,18 +57,18 @@ class Hooks:
             hook()
 
     def request_stop(self) -> None:
-        """Asks all ranks to stop, after a signal to this one or when `max_minutes` have passed."""
+        """Requests a stop of all ranks after a signal to this rank or after `max_minutes`."""
         minutes = self.config.max_minutes
         late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
         self.reducer.stop_requested = late or self.stop.made
 
     def read_controls(self, flush: bool = False) -> None:
-        """Handles what the ranks told each other; a step with another hook waits for the newest reduction's report.
+        """Handles the control tails received so far; if another hook is due, waits for the newest one first.
 
-        So a lost GPU peer is noticed here, where the wait has a deadline, and not in a copy to the host.
+        A lost GPU peer is thus noticed where the wait has a deadline, not in a copy to the host.
 
         Raises:
-            RunError: an update is not finite and `nonfinite` is `abort`, or the ranks are out of sync.
+            RunError: an update is not finite and `nonfinite` is `abort`, or ranks are out of sync.
         """
         config, step = self.config, self.state.progress.step
         periods = config.log_every, config.eval_every, config.check_every, config.snapshot_every
@@ -77,11 +77,11 @@ class Hooks:
             self._handle(control)
 
     def log(self) -> None:
-        """Writes the means since the last log."""
+        """Logs the means since the last log."""
         self.metrics.log(self.state.progress)
 
     def evaluate(self) -> None:
-        """Tests every theta on its task's whole test split; rank 0 collects and logs the results."""
+        """Evaluates every theta on its task's test split; rank 0 collects and logs the results."""
         config, results = self.config, []
         if self.placement.contributes:
             for learner in self.state.learners:
@@ -104,7 +104,7 @@ class Hooks:
             check_same_bits(self.state.phi, step)
 
     def snapshot(self) -> None:
-        """Exports phi as it is now, for a meta-test along meta-training (the paper's Figure 7)."""
+        """Exports the current phi, for a meta-test along meta-training (the paper's Figure 7)."""
         if self.placement.rank == 0:
             step = self.state.progress.step
             path = self.config.run_dir / SNAPSHOTS / f"phi_{step}.safetensors"
@@ -115,12 +115,12 @@ class Hooks:
                 log_rank0(f"step {step}: snapshot skipped ({error}); training continues")
 
     def save(self) -> None:
-        """Starts a checkpoint where one is due."""
+        """Starts saving a checkpoint if one is due."""
         if self.checkpoints.due(self.state.progress.step):
             self.checkpoints.save(self.state, self.config)
 
     def _every(self, period: int, hook: Hook) -> Hook:
-        """The hook at every multiple of `period` steps; 0 disables it."""
+        """The hook, called every `period` steps; 0 disables it."""
         return lambda: hook() if period and self.state.progress.step % period == 0 else None
 
     def _handle(self, control: Control) -> None:
@@ -142,7 +142,7 @@ class Hooks:
         fault = f"step {control.step}: the update of task {names} is not finite"
         if self.config.nonfinite == "abort":
             raise RunError(
-                f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, check that task's images, "
+                f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, check the task's images, "
                 f"or set nonfinite=skip; the latest checkpoint is in {self.checkpoints.folder}"
             )
         log_rank0(f"{fault}; its learner restarts from phi")
@@ -153,7 +153,7 @@ class Hooks:
 
 
 def export(config: TrainConfig, state: TrainState, path: Path) -> None:
-    """Writes phi as it is now to `path`, with what a reader needs to know of the run.
+    """Writes the current phi to `path`, with metadata about the run.
 
     Raises:
         ValueError: phi is not finite.

@@ -1,4 +1,4 @@
-"""Meta-test (paper, section 4.2): adapt each initialization to each target task with several seeds; report accuracy."""
+"""Meta-test (paper, section 4.2): adapts each initialization to each target (lr schedule, seeds), reports accuracy."""
 
 import hashlib
 import json
@@ -30,17 +30,17 @@ from dist_cts.seeds import hashed_seed
 
 
 class MetaTestConfig(Config):
-    """How initializations are adapted and compared; the defaults are those of the paper's section 4.2."""
+    """A meta-test; the defaults are those of the paper's section 4.2."""
 
-    targets: list[str] = Field(min_length=1, description="prepared tasks that meta-training has not seen")
-    random: bool = Field(True, description="also test random initialization")
-    seeds: int = Field(5, gt=0, description="runs of each initialization on each target")
-    steps: int = Field(1000, gt=0, description="inner steps of an adaptation")
+    targets: list[str] = Field(min_length=1, description="prepared tasks not used in meta-training")
+    random: bool = Field(True, description="also test a random initialization")
+    seeds: int = Field(5, gt=0, description="number of seeds per initialization and target")
+    steps: int = Field(1000, gt=0, description="inner steps per adaptation")
     batch_size: int = Field(128, gt=0, description="images per step")
     schedule: Literal["multi-step", "cosine", "constant"] = Field(
         "multi-step", description="multi-step: lr x schedule_factor at 40, 70 and 90 % of the steps"
     )
-    schedule_factor: float = Field(0.2, gt=0, le=1, description="of multi-step; the released code takes 0.3")
+    schedule_factor: float = Field(0.2, gt=0, le=1, description="for multi-step; the released code uses 0.3")
     train_limit: int = Field(0, ge=0, description="class-balanced subset of N training images per target; 0: all")
     eval_points: int = Field(5, gt=0, description="number of evaluations, evenly spaced, the last at the end")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
@@ -55,20 +55,20 @@ class MetaTestConfig(Config):
 
 @dataclass(frozen=True)
 class Job:
-    """One adaptation of an initialization to a target with a seed; independent of all others."""
+    """One adaptation: an initialization, a target and a seed. Jobs are independent."""
 
     target: str
     start: str
-    phi: str | None  # what load_phi takes; None: random initialization
+    phi: str | None  # source for load_phi; None: random initialization
     seed: int
 
 
 def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = (), name: str = "meta_test") -> int:
-    """Runs every job that is not done yet, on all ranks of torchrun or alone, and reports; returns the exit code.
+    """Runs all unfinished jobs, on all ranks of torchrun or in one process, and reports; returns the exit code.
 
     Args:
-        phis: what `load_phi` takes for each initialization, by name, or a list of [NAME=]SOURCE as on the command line.
-        name: of the results' folder below runs/ where `config.out` is not set and no phi is a file.
+        phis: source of each initialization (see `load_phi`) by name, or a list of [NAME=]SOURCE as on the command line.
+        name: output folder below runs/ if `config.out` is not set and no phi is a file.
 
     Writes meta_test.json, .md and .png to `config.out`.
 
@@ -83,7 +83,7 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
     set_numerics(device, config.precision, config.deterministic)
     starts = ({"random": None} if config.random else {}) | phis
     if not starts:
-        raise ValueError("nothing to test: give --phi, or random=true")
+        raise ValueError("nothing to test: pass --phi or set random=true")
     jobs = [
         Job(target, start, phi, seed)
         for target in config.targets
@@ -113,7 +113,7 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
 
 
 def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
-    """A job's result, from its file if the same job has run before."""
+    """A job's result; read from its file if the job has already run."""
     path = _result_path(config, job)
     if path.exists():
         return json.loads(path.read_text())
@@ -126,8 +126,8 @@ def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
 def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[str, float]]:
     """Adapts one initialization to one target; returns test loss and accuracy (0 .. 1) at `eval_points` steps.
 
-    Head and running statistics are fresh. Head, data order and subset follow from (seed, target): all initializations
-    of a seed see the same ones.
+    Head and running statistics are new. Head, data order and subset depend only on (seed, target), so they are the same
+    for all initializations.
     """
     folder = config.data.root / job.target
     train = open_task(folder, "train", config.data, device)
@@ -156,7 +156,7 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
 
 
 def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarray:
-    """`size` sorted indices into labels [N], balanced over the classes, drawn from the seed.
+    """`size` sorted indices into labels [N], class-balanced, drawn from the seed.
 
     Raises:
         ValueError: fewer than `size` images.
@@ -164,11 +164,11 @@ def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarr
     if size > len(labels):
         raise ValueError(f"train_limit={size}: the target has only {len(labels)} training images")
     order = np.random.default_rng(hashed_seed(*seed, "subset")).permutation(len(labels))
-    ranks = np.empty(len(labels), dtype=np.int64)  # an image's place within its class, in the drawn order
+    ranks = np.empty(len(labels), dtype=np.int64)  # position of an image within its class, in the drawn order
     for label in np.unique(labels):
         members = order[labels[order] == label]
         ranks[members] = np.arange(len(members))
-    # First every class's first image, then every class's second, ...; the drawn order breaks ties.
+    # Takes the first image of every class, then the second, ...; the drawn order breaks ties.
     return np.sort(order[np.argsort(ranks[order], kind="stable")[:size]])
 
 

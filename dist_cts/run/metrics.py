@@ -20,11 +20,11 @@ from dist_cts.run.console import log_rank0
 class Metrics:
     """Accumulates the control tails between two logs and writes one record per task at each log.
 
-    Only rank 0 writes and prints: the tails bring it every task's loss and accuracy without extra communication.
+    Only rank 0 writes and prints; the control tails carry every task's loss and accuracy.
     """
 
     def __init__(self, folder: Path, tasks: list[str], placement: Placement, progress: Progress, steps: int) -> None:
-        """`steps`: inner steps of the whole run, for the progress bar; `progress` tells how many are done."""
+        """`steps`: total inner steps of the run, for the progress bar."""
         self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
         self.ranks = [ranks[0] for ranks in placement.assignment]
         self.active = placement.rank == 0
@@ -37,7 +37,7 @@ class Metrics:
             self.bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not terminal, dynamic_ncols=True)
 
     def add(self, control: Control) -> None:
-        """Adds one reduction's report."""
+        """Adds the control tail of one reduction."""
         self._steps += control.steps
         self._loss += control.steps * control.loss
         self._accuracy += control.steps * control.accuracy
@@ -66,7 +66,7 @@ class Metrics:
         self._clear()
 
     def log_test(self, progress: Progress, task: str, loss: float, accuracy: float) -> None:
-        """Writes one task's loss and accuracy (0 .. 1) on its test split, for theta in mid-trajectory."""
+        """Writes one task's loss and accuracy (0 .. 1) on its test split, for the current theta."""
         if self.active:
             self._write(progress, task=task, test_loss=round(loss, 6), test_accuracy=round(accuracy, 6))
             log_rank0(f"step {progress.step}: {task} test accuracy {100 * accuracy:.1f} %, test loss {loss:.3f}")
@@ -94,12 +94,12 @@ class Metrics:
 
     @contextmanager
     def _best_effort(self) -> Iterator[None]:
-        """A block that may fail on a full disk: the records are lost, the run continues."""
+        """A block whose writes may fail, e.g. on a full disk: the records are lost, training continues."""
         try:
             yield
         except OSError as error:
             if not self._lost:
-                log_rank0(f"metrics records lost: {error}; training continues")
+                log_rank0(f"warning: metrics records lost: {error}; training continues")
             self._lost = True
 
     def _show(self, progress: Progress, loss: torch.Tensor, accuracy: torch.Tensor, rate: float) -> None:

@@ -19,7 +19,7 @@ def write_report(
 
     Args:
         config: the resolved configuration.
-        starts: the origin of each given initialization, by its name.
+        starts: source and metadata of each initialization except random, by name.
         results: one per job: target, start, seed and curve.
     """
     targets, points = config["targets"], config["eval_points"]
@@ -27,7 +27,7 @@ def write_report(
     table = markdown(summary, targets)
     if points > 1:
         best_table = markdown(summary, targets, "best", "best_ci95")
-        table += f"\nThe best of {points} points of each curve, selected on the test images:\n\n{best_table}"
+        table += f"\nThe best of the {points} evaluations of each run, selected on the test images:\n\n{best_table}"
     document = {"config": config, "starts": starts, "summary": summary, "results": results}
     (folder / "meta_test.json").write_text(json.dumps(document, indent=1) + "\n")
     (folder / "meta_test.md").write_text(table)
@@ -53,7 +53,7 @@ def summarize(results: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> S
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval (Student t); the half width of a single value is NaN."""
+    """Mean and half width of its 95 % confidence interval (Student t); NaN for a single value."""
     half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
     return float(np.mean(values)), float(half)
 
@@ -63,7 +63,7 @@ def markdown(summary: Summary, targets: Sequence[str], value: str = "accuracy", 
     means = {start: [row[target][value] for target in targets] for start, row in summary.items()}
     best = [max(column) for column in zip(*means.values(), strict=True)]
     average = {start: float(np.mean(values)) for start, values in means.items()}
-    lines = ["| start | " + " | ".join([*targets, "average"]) + " |", "|---" * (len(targets) + 2) + "|"]
+    lines = ["| initialization | " + " | ".join([*targets, "average"]) + " |", "|---" * (len(targets) + 2) + "|"]
     for start, row in summary.items():
         cells = []
         for target, top in zip(targets, best, strict=True):
@@ -91,7 +91,7 @@ def plot(summary: Summary, path: Path) -> None:
 
 
 def start_colours(starts: Iterable[str]) -> dict[str, str]:
-    """A colour per initialization, distinct for colour-blind readers (Okabe and Ito); random is grey."""
+    """A color per initialization, safe for color-blind readers (Okabe and Ito); random is gray."""
     palette = itertools.cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"])
     return {start: "#999999" if start == "random" else next(palette) for start in starts}
 

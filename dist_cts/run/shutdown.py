@@ -17,14 +17,14 @@ class StopRequest:
 
     @property
     def made(self) -> bool:
-        """By a signal, or because torchrun's agent is gone, without which nothing would restart the run."""
+        """By a signal, or because torchrun's agent is gone and could not restart the run."""
         return self._since is not None or self._agent not in (None, os.getppid())
 
     def handle(self, number: int, frame: object) -> None:
-        """Signal handler. A second Ctrl-C ends the process at once.
+        """Signal handler. A second Ctrl-C exits immediately.
 
-        One Ctrl-C in a terminal may arrive twice, directly and through torchrun: it counts as the second only after
-        more than a second.
+        One Ctrl-C in a terminal may arrive twice, directly and through torchrun, so a second one counts only after more
+        than a second.
 
         Raises:
             KeyboardInterrupt: Ctrl-C more than a second after the first signal.
@@ -38,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """A block in which SIGTERM, SIGUSR2 and Ctrl-C request a stop; without effect outside the main thread."""
+    """A block in which SIGTERM, SIGUSR2 and Ctrl-C request a stop; no effect outside the main thread."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -37,13 +37,13 @@ from dist_cts.state import TrainState
 
 
 def train(config: TrainConfig, fresh: bool = False) -> int:
-    """Meta-trains on this rank of torchrun, or alone, resuming from the run folder's newest checkpoint.
+    """Meta-trains on this rank of torchrun, or in one process; resumes from the run folder's newest checkpoint.
 
-    `fresh` starts from scratch and keeps the folder's old content under another name; when torchrun restarts a fresh
-    run, it resumes. Writes `run_dir`/phi.safetensors.
+    `fresh` starts from scratch and renames the old run folder; when torchrun restarts a fresh run, it
+    resumes. Writes `run_dir`/phi.safetensors.
 
     Returns:
-        The exit code: 0 when all M episodes are done, 75 when it was asked to stop and has saved a checkpoint.
+        The exit code: 0 if all M episodes are done, 75 if the run stopped on request with a checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: the run cannot start as configured.
@@ -57,7 +57,7 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
         fresh = fresh and not folder.restarted()
         costs = shared_costs(config, device, fresh) if config.placement == "auto" else None
         progress = Progress(config.inner_steps)
-        with raise_on_all_ranks():  # whatever one rank can find wrong without the others
+        with raise_on_all_ranks():  # errors that a rank can detect without communication
             algorithm = make_algorithm(
                 config.algorithm,
                 config.method,
@@ -122,8 +122,8 @@ def _announce(
         log_rank0(f"{config.algorithm} {warning}")
     if config.algorithm == "cts" and config.inner.optimizer == "adam":
         log_rank0(
-            "warning: with inner.optimizer=adam the error of the shift has no bound, and the paper found much worse "
-            "initializations (supplement A); inner.optimizer=sgd has momentum"
+            "warning: inner.optimizer=adam: the error of the shift is not bounded and the paper found much worse "
+            "initializations (supplement A); consider inner.optimizer=sgd, which has momentum"
         )
     if config.placement != "even":
         log_rank0(describe_assignment(placement.assignment, config.task_names, costs))
@@ -132,7 +132,7 @@ def _announce(
 
 
 def _finish(config: TrainConfig, state: TrainState, checkpoints: CheckpointManager, finished: bool) -> int:
-    """The last checkpoint, then phi: on every rank, whether all episodes are done or the run was asked to stop."""
+    """Saves the last checkpoint and exports phi, after the last episode or a stop request; returns the exit code."""
     step = state.progress.step
     check_same_bits(state.phi, step)
     saved = checkpoints.save(state, config, wait=True)
@@ -148,6 +148,6 @@ def _finish(config: TrainConfig, state: TrainState, checkpoints: CheckpointManag
         log_rank0(f"done: {step} steps, phi is in {phi}")
         return DONE
     if not saved:
-        raise RunError(f"stopped at step {step}, but its checkpoint could not be written")
+        raise RunError(f"stopped at step {step}, but its checkpoint was not saved; the warning above says why")
     log_rank0(f"stopped at step {step} with a checkpoint; run the same command to resume")
     return STOPPED

@@ -242,15 +242,15 @@ def test_mtl_with_one_task_is_plain_training(alone):
 
 BAD = {
     "algorithm='ctss': choose one of cts": ("ctss", {}),
-    "shift_every=1: algorithm=imaml updates phi once an episode": ("imaml", {"shift_every": 1}),
-    "shift_every=2: algorithm=reptile updates phi once an episode": ("reptile", {"shift_every": 2}),
-    "shift_scale=0.5: algorithm=reptile .* shifts nothing": ("reptile", {"shift_scale": 0.5}),
-    "shift_scale=0.5: algorithm=accurate has no use": ("accurate", {"shift_scale": 0.5}),
+    "shift_every=1: algorithm=imaml updates phi once per episode": ("imaml", {"shift_every": 1}),
+    "shift_every=2: algorithm=reptile updates phi once per episode": ("reptile", {"shift_every": 2}),
+    "shift_scale=0.5: algorithm=reptile .* without shift": ("reptile", {"shift_scale": 0.5}),
+    "shift_scale=0.5: algorithm=accurate does not use it": ("accurate", {"shift_scale": 0.5}),
     "shift_scale=0.5: algorithm=no_shifting": ("no_shifting", {"shift_scale": 0.5}),
     "meta_gradient=fomaml: algorithm=reptile": ("reptile", {"meta_gradient": "fomaml"}),
     "shift_every=2: algorithm=mtl": ("mtl", {"shift_every": 2}),
     "gradient_batch=next: algorithm=leap": ("leap", {"gradient_batch": "next"}),
-    "gradient_batch=next: the Reptile difference takes no batch": ("cts", {"gradient_batch": "next"}),
+    "gradient_batch=next: the Reptile difference uses no batch": ("cts", {"gradient_batch": "next"}),
     "shift_every=3 does not divide inner_steps=10: the last 1 steps": ("cts", {"shift_every": 3}),
 }
 
@@ -264,7 +264,7 @@ def test_options_that_make_no_sense_are_refused(message):
 
 @pytest.mark.parametrize("name", ["imaml", "leap"])
 def test_a_method_that_needs_a_trajectory_refuses_one_step(name):
-    with pytest.raises(ValueError, match="inner_steps=1 gives it none"):
+    with pytest.raises(ValueError, match="needs a trajectory: set inner_steps"):
         make_algorithm(name, MethodConfig(), inner_steps=1, meta_lr=1, seed=0)
 
 

@@ -94,4 +94,4 @@ def test_a_store_that_does_not_answer_bounds_the_roll_call(monkeypatch):
     finally:
         dist.destroy_process_group()
     assert type(error) is RankError
-    assert "the other ranks and the store of torchrun are out of reach (timed out); run the same" in str(error)
+    assert "the other ranks and torchrun's store are unreachable (timed out); run the same" in str(error)

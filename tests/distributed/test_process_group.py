@@ -67,7 +67,7 @@ def test_a_layout_that_differs_names_both_ranks_and_the_first_difference(run_ran
     assert messages == [messages[0]] * 3
     assert "ranks 0 and 2" in messages[0]
     assert "tensor 1 is b [4]" in messages[0]
-    assert "against b [3]" in messages[0]
+    assert "on rank 2 b [3]" in messages[0]
 
 
 def compare_bits(rank):

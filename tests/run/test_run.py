@@ -101,7 +101,7 @@ def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(tra
 @pytest.mark.parametrize(("optimizer", "warned"), [("adam", True), ("sgd", False)])
 def test_cts_with_adam_warns(train, config, capfd, optimizer, warned):
     train(config.model_copy(update={"inner": InnerConfig(optimizer=optimizer), "episodes": 1}))
-    assert ("warning: with inner.optimizer=adam" in capfd.readouterr().err) == warned
+    assert ("warning: inner.optimizer=adam" in capfd.readouterr().err) == warned
 
 
 def test_a_loss_beyond_its_limit_is_reported_once_for_each_task(train, config, capfd):

@@ -5,7 +5,6 @@ points of a grid at once. Points are float64; G initializations, T tasks.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,81 +86,33 @@ def load_environment(name: str) -> Environment:
         raise ValueError(f"{name}: {'; '.join(faults)}") from None
 
 
-# ---------------------------------------------------------------- the tasks
-
-
 def losses(env: Environment, points: Tensor) -> Tensor:
     """Every task's loss [..., T] at `points` [..., T, 2], or [..., 1, 2] for the same point in all tasks.
 
     With d = point - center, turned by the angle and divided by the scale into (u, v), it is
     c0 (u^2 + v - 11)^2 + c1 (u + v^2 - 7)^2, zero at four minima: the paper's f, which has (u, v) = (x - 5, y - 5).
     """
-    centers_x, centers_y, cos, sin = _constants(env)
+    centers_x, centers_y, cos, sin = constants(env)
     x, y = points[..., 0] - centers_x, points[..., 1] - centers_y
     u, v = cos * x - sin * y, sin * x + cos * y
     return env.coeff[0] * (u * u + v - 11) ** 2 + env.coeff[1] * (u + v * v - 7) ** 2
 
 
-def gradients(env: Environment, points: Tensor) -> Tensor:
-    """The gradients [..., T, 2] of `losses` at `points` [..., T, 2] in closed form, in the points' memory layout."""
-    centers_x, centers_y, cos, sin = _constants(env)
-    x, y = points[..., 0] - centers_x, points[..., 1] - centers_y
-    u, v = cos * x - sin * y, sin * x + cos * y
-    a = (u * u + v).sub_(11).mul_(2 * env.coeff[0])
-    b = (v * v + u).sub_(7).mul_(2 * env.coeff[1])
-    du, dv = (2 * a).mul_(u).add_(b), (2 * b).mul_(v).add_(a)
-    gradient = torch.empty_like(points)
-    torch.add(cos * du, sin * dv, out=gradient[..., 0])
-    torch.sub(cos * dv, sin * du, out=gradient[..., 1])
-    return gradient
-
-
 @lru_cache
-def _constants(env: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def constants(env: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Centres' x and y, cosine and sine of the angles over the scale: [T] each."""
     centers, angles = (torch.tensor(values, dtype=torch.float64) for values in (env.centers, env.angles))
     return centers[:, 0], centers[:, 1], angles.cos() / env.scale, angles.sin() / env.scale
 
 
-# ---------------------------------------------------------------- all initializations of a grid at once
-
-
-def adapt(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Iterator[Tensor]:
-    """theta [G, T, 2] after each of `steps` inner steps from `phi` [G, 2]; every step overwrites the same tensor."""
-    trajectory = Trajectories(env, phi, inner)
-    for _ in range(steps):
-        trajectory.step()
-        yield trajectory.theta.detach()
-
-
 def quality(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Tensor:
     """Task-average loss [G] after `steps` steps from `phi` [G, 2]; nan or inf where they diverge (Figures 4c, 5c)."""
-    *_, theta = adapt(env, phi, inner, steps)
-    return losses(env, theta).mean(1)
-
-
-class Trajectories:
-    """theta [G, T, 2] of all tasks from all initializations, updated by one elementwise inner optimizer."""
-
-    def __init__(self, env: Environment, phi: Tensor, inner: InnerConfig) -> None:
-        self.env = env
-        # x and y are separate planes in memory, so that operations on either one are contiguous.
-        planes = phi.T[:, :, None].repeat(1, 1, env.tasks)  # [2, G, T]
-        self.theta = nn.Parameter(planes.permute(1, 2, 0))
-        self.optimizer = make_optimizer([self.theta], inner)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One inner step of every theta."""
-        self.theta.grad = gradients(self.env, self.theta)
-        self.optimizer.step()
-
-    def start(self, phi: Tensor) -> None:
-        """Sets every task's theta to `phi` [G, 2]; the optimizer keeps its state."""
-        self.theta.copy_(phi[:, None].expand_as(self.theta))
-
-
-# ---------------------------------------------------------------- one initialization through the learners
+    theta = nn.Parameter(phi[:, None].repeat(1, env.tasks, 1))  # [G, T, 2]; the optimizers' updates are elementwise
+    optimizer = make_optimizer([theta], inner)
+    for _ in range(steps):
+        (theta.grad,) = torch.autograd.grad(losses(env, theta).sum(), theta)
+        optimizer.step()
+    return losses(env, theta.detach()).mean(1)
 
 
 class TaskPoint(nn.Module):

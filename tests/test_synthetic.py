@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.paper.synthetic_grid import meta_train_grid
+from benchmarks.paper.synthetic_grid import gradients, grid_quality, meta_train_grid
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
@@ -20,7 +20,6 @@ from dist_cts.synthetic import (
     METHODS,
     TEST,
     Environment,
-    gradients,
     load_environment,
     losses,
     meta_train_point,
@@ -95,6 +94,7 @@ def test_quality_is_the_mean_loss_after_adam():
             optimizer.step()
         expected.append(losses(ENV.task(task), theta.detach()[None])[0])
     torch.testing.assert_close(quality(ENV, STARTS)[1], torch.stack(expected).mean(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(grid_quality(ENV, STARTS), quality(ENV, STARTS), rtol=1e-9, atol=0)
     assert TEST.lr == 0.1
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.figures import BLUE, METHOD_LOOKS, ORANGE, RED, landscape, main, path, plane, save, square_grid
-from benchmarks.paper.synthetic_grid import meta_train_grid
+from benchmarks.paper.synthetic_grid import adapt, grid_quality, meta_train_grid
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.learner import InnerConfig
-from dist_cts.synthetic import ENVIRONMENTS, TEST, Environment, adapt, losses, quality
+from dist_cts.synthetic import ENVIRONMENTS, TEST, Environment, losses
 
 ENV = ENVIRONMENTS["released"]
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # section 4.1
@@ -66,7 +66,7 @@ def fig4(out: Path) -> None:
     starts, found = square_grid(21), []
     for k in HORIZONS:
         distinct = fixed_points(ENV, starts, k)[1]
-        found.append(quality(ENV, torch.tensor(distinct, dtype=torch.float64)).min().item() if distinct else None)
+        found.append(grid_quality(ENV, torch.tensor(distinct, dtype=torch.float64)).min().item() if distinct else None)
     axes[2].plot(range(1, 101), exact, color=BLUE, label=r"$\phi^*$: best of $100^2$ points after $k$ steps")
     axes[2].plot(
         *zip(*((k, loss) for k, loss in zip(HORIZONS, found, strict=True) if loss is not None), strict=True),
@@ -125,10 +125,10 @@ def statements(env: Environment, starts: Tensor, reset_optimizer: bool) -> dict:
         "no_shifting": ("no_shifting", M),
         "accurate": ("accurate", M),
     }
-    ends = {"start": quality(env, starts)}
+    ends = {"start": grid_quality(env, starts)}
     for label, (name, episodes) in rows.items():
         paths = meta_train_grid(env, starts, name, INNER, beta=BETA, M=episodes, K=K, reset_optimizer=reset_optimizer)
-        ends[label] = quality(env, paths[-1])
+        ends[label] = grid_quality(env, paths[-1])
     finite = torch.stack(list(ends.values())).isfinite().all(0)
     reptile = ends[f"reptile, {UPDATES} updates"]
     return {
@@ -158,12 +158,12 @@ def fig5(out: Path) -> None:
         numbers["fixed_points"][k] = {
             "count": len(rests),
             "points": rests,
-            "loss_after_100_steps": quality(ENV, torch.tensor(rests, dtype=torch.float64)).tolist(),
+            "loss_after_100_steps": grid_quality(ENV, torch.tensor(rests, dtype=torch.float64)).tolist(),
             "share_of_starts_at_rest": resting,
         }
 
     points = square_grid(100)
-    value = quality(ENV, points)
+    value = grid_quality(ENV, points)
     for ax, letter, start in zip(axes[2:], "cd", STARTS, strict=True):
         landscape(ax, points, value, f"task-average {GOOD}")
         begin = torch.tensor([start], dtype=torch.float64)
@@ -173,12 +173,12 @@ def fig5(out: Path) -> None:
             path(ax, walked, METHOD_LOOKS[name])
             numbers.setdefault("paths", {}).setdefault(str(start), {})[name] = {
                 "end": walked[-1].tolist(),
-                "loss_after_100_steps": quality(ENV, walked[-1:]).item(),
+                "loss_after_100_steps": grid_quality(ENV, walked[-1:]).item(),
             }
         plane(ax, rf"({letter}) {UPDATES} meta-updates from $\phi_0 = ({start[0]:.0f}, {start[1]:.0f})$")
     axes[2].legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none")
     numbers["map_of_starts"] = {"test_optimizer": TEST.model_dump(), "min": value.nan_to_num(1e9).min().item()}
-    flat, printed = quality(ENV, dense, INNER), quality(ENVIRONMENTS["paper"], dense, INNER)
+    flat, printed = grid_quality(ENV, dense, INNER), grid_quality(ENVIRONMENTS["paper"], dense, INNER)
     numbers["judged_by_momentum_sgd_instead"] = {
         "mean_loss": flat[flat.isfinite()].mean().item(),
         "starts_that_diverge": flat.isfinite().logical_not().sum().item(),

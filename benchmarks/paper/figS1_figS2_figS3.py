@@ -11,9 +11,9 @@ from matplotlib.collections import LineCollection
 
 from benchmarks.paper.fig4_fig5 import BETA, ENV, GOOD, INNER, STARTS, K, M
 from benchmarks.paper.figures import BLUE, GREEN, ORANGE, RED, landscape, main, path, plane, save, square_grid
-from benchmarks.paper.synthetic_grid import meta_train_grid
+from benchmarks.paper.synthetic_grid import grid_quality, meta_train_grid
 from dist_cts.learner import InnerConfig
-from dist_cts.synthetic import losses, meta_train_point, quality
+from dist_cts.synthetic import losses, meta_train_point
 
 OPTIMIZERS = {
     "SGD": (InnerConfig(optimizer="sgd", lr=0.05, momentum=0, weight_decay=0), GREEN, (0, (4, 1.5))),
@@ -25,11 +25,11 @@ SHOWN_TASKS = 4
 
 def fig_s1(out: Path) -> None:
     points, grid = square_grid(115, -6, 17), square_grid(21)
-    value = quality(ENV, points)
+    value = grid_quality(ENV, points)
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.1), layout="constrained")
     numbers = {}
     for name, (inner, *_) in OPTIMIZERS.items():
-        ends = quality(ENV, meta_train_grid(ENV, grid, "cts", inner, beta=BETA, M=M, K=K)[-1])
+        ends = grid_quality(ENV, meta_train_grid(ENV, grid, "cts", inner, beta=BETA, M=M, K=K)[-1])
         numbers[name] = {
             "optimizer": inner.model_dump(),
             "starts_left_out": ends.isfinite().logical_not().sum().item(),
@@ -42,7 +42,7 @@ def fig_s1(out: Path) -> None:
         for name, (inner, color, style) in OPTIMIZERS.items():
             walked = meta_train_grid(ENV, begin, "cts", inner, beta=BETA, M=M, K=K)[:, 0]
             path(ax, walked, {"color": color, "linestyle": style, "label": name})
-            numbers[name][f"from {start}"] = quality(ENV, walked[-1:]).item()
+            numbers[name][f"from {start}"] = grid_quality(ENV, walked[-1:]).item()
         plane(ax, rf"({letter}) Ours from $\phi_0 = ({start[0]:.0f}, {start[1]:.0f})$")
     axes[0].legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none")
     save(fig, out, "figS1", numbers)

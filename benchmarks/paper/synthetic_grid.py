@@ -3,11 +3,48 @@
 The loop of dist_cts/meta_train.py with a batch of points for theta; the tests hold both together to 1e-10.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
-from dist_cts.learner import InnerConfig
-from dist_cts.synthetic import METHODS, Environment, Trajectories
+import torch
+from torch import Tensor, nn
+
+from dist_cts.learner import InnerConfig, make_optimizer
+from dist_cts.synthetic import METHODS, TEST, TEST_STEPS, Environment, constants, losses
+
+
+class Trajectories:
+    """theta [G, T, 2] of all tasks from all initializations, updated by one elementwise inner optimizer."""
+
+    def __init__(self, env: Environment, phi: Tensor, inner: InnerConfig) -> None:
+        self.env = env
+        # x and y are separate planes in memory, so that operations on either one are contiguous.
+        planes = phi.T[:, :, None].repeat(1, 1, env.tasks)  # [2, G, T]
+        self.theta = nn.Parameter(planes.permute(1, 2, 0))
+        self.optimizer = make_optimizer([self.theta], inner)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One inner step of every theta."""
+        self.theta.grad = gradients(self.env, self.theta)
+        self.optimizer.step()
+
+    def start(self, phi: Tensor) -> None:
+        """Sets every task's theta to `phi` [G, 2]; the optimizer keeps its state."""
+        self.theta.copy_(phi[:, None].expand_as(self.theta))
+
+
+def adapt(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Iterator[Tensor]:
+    """theta [G, T, 2] after each of `steps` inner steps from `phi` [G, 2]; every step overwrites the same tensor."""
+    trajectory = Trajectories(env, phi, inner)
+    for _ in range(steps):
+        trajectory.step()
+        yield trajectory.theta.detach()
+
+
+def grid_quality(env: Environment, phi: Tensor, inner: InnerConfig = TEST, steps: int = TEST_STEPS) -> Tensor:
+    """Task-average loss [G] after `steps` steps from `phi` [G, 2]; nan or inf where they diverge (Figures 4c, 5c)."""
+    *_, theta = adapt(env, phi, inner, steps)
+    return losses(env, theta).mean(1)
 
 
 @torch.no_grad()
@@ -61,3 +98,17 @@ def _load_optimizer(trajectories: Trajectories, saved: dict[str, Tensor]) -> Non
     for key, value in trajectories.optimizer.state[trajectories.theta].items():
         if value is not None:
             value.copy_(saved.get(key, torch.zeros_like(value)))
+
+
+def gradients(env: Environment, points: Tensor) -> Tensor:
+    """The gradients [..., T, 2] of `losses` at `points` [..., T, 2] in closed form, in the points' memory layout."""
+    centers_x, centers_y, cos, sin = constants(env)
+    x, y = points[..., 0] - centers_x, points[..., 1] - centers_y
+    u, v = cos * x - sin * y, sin * x + cos * y
+    a = (u * u + v).sub_(11).mul_(2 * env.coeff[0])
+    b = (v * v + u).sub_(7).mul_(2 * env.coeff[1])
+    du, dv = (2 * a).mul_(u).add_(b), (2 * b).mul_(v).add_(a)
+    gradient = torch.empty_like(points)
+    torch.add(cos * du, sin * dv, out=gradient[..., 0])
+    torch.sub(cos * dv, sin * du, out=gradient[..., 1])
+    return gradient

@@ -1,4 +1,4 @@
-"""What the benchmarks train: tasks of noise, learners on them, the same step in plain PyTorch; and their ranks."""
+"""Shared by the benchmarks: random tasks, learners on them, the same step in plain PyTorch, and starting ranks."""
 
 import os
 import socket
@@ -27,11 +27,11 @@ from dist_cts.run.exit_codes import exit_process
 from dist_cts.state import TrainState
 
 INNER = InnerConfig()  # SGD as in section 4.2 of the paper, for every competitor
-FOREVER = 10**9  # inner steps of an episode that no benchmark completes
+FOREVER = 10**9  # inner steps per episode, more than any benchmark takes
 
 
 class Noise:
-    """A source of random images in device memory: the cost of a step does not depend on what they show."""
+    """A source of random images in device memory: the cost of a step does not depend on their content."""
 
     def __init__(self, device: torch.device, *, pixels: int, count: int = 1024, classes: int = 10) -> None:
         """`images` is uint8 [count, pixels, pixels, 3], `labels` int64 [count]."""
@@ -53,12 +53,12 @@ class Noise:
 
 
 def make_batches(noise: Noise, batch_size: int) -> TaskBatches:
-    """Augmented batches, as a run's learner gets them."""
+    """Augmented batches, as in a run."""
     return TaskBatches(noise, 0, batch_size, DataConfig())
 
 
 def make_learner(noise: Noise, model: str, batch_size: int) -> TaskLearner:
-    """A learner as a run builds it."""
+    """A learner, built as in a run."""
     module, head = models.build(ModelConfig(name=model), noise.manifest.classes, 0)
     return TaskLearner("noise", module.to(noise.device), head, make_batches(noise, batch_size), INNER)
 
@@ -81,7 +81,7 @@ class PlainTask:
 
 
 class MetaTraining:
-    """Continual trajectory shifting by the real loop, one step per call: this rank's learners among T tasks."""
+    """Continual trajectory shifting with the real loop, one step per call, for this rank's learners."""
 
     def __init__(self, learners: list[TaskLearner], tasks: int, placement: Placement | None = None) -> None:
         """phi is the first learner's theta, equal on every rank. `tasks`: T over all ranks."""

@@ -1,4 +1,4 @@
-"""Loaders on one task: bare FFCV, our streamed and resident sources, torchvision; see --help."""
+"""Throughput of loaders on one task: FFCV, our streamed and resident sources, torchvision; see --help."""
 
 import itertools
 import multiprocessing
@@ -26,26 +26,26 @@ from dist_cts.data.prepare import embedded
 
 EPILOG = """\
 stages, both on the device:
-  decoded    uint8 images, as they are stored
-  augmented  random crop, flip and normalisation: what a model takes
+  decoded    uint8 images, as stored
+  augmented  random crop, flip and normalisation: the input of a model
 loaders, each with --workers threads (torchvision: processes), shuffling, taking turns:
-  ffcv         ffcv.loader.Loader; its own flip and translation where augmented
+  ffcv         ffcv.loader.Loader; its own flip and translation if augmented
   streamed     ours, decoded by FFCV and augmented on the device
   resident     ours, gathered from device memory and augmented there
   torchvision  ImageFolder of the same images as PNG, and DataLoader
-A first batch is timed in a process of its own, from opening the file (and importing FFCV) on. CPU time counts all
-threads and workers of one rank.
+The first batch is timed in a separate process, starting before the file is opened and FFCV imported. CPU time
+includes all threads and workers of one rank.
 
   python benchmarks/loader.py --data data/tasks/tiny-imagenet-0-100
 """
 LOADERS, STAGES = ("ffcv", "streamed", "resident", "torchvision"), ("decoded", "augmented")
-COPIES = 16  # of the embedded images, so that an epoch of FFCV is not over at once
+COPIES = 16  # copies of the embedded images, so that an epoch of FFCV is long enough
 
 
 def open_loader(
     task: Path, loader: str, stage: str, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Batches without end; decoded ones are uint8 [B, P, P, 3] (torchvision: [B, 3, P, P])."""
+    """Endless batches; decoded ones are uint8 [B, P, P, 3] (torchvision: [B, 3, P, P])."""
     if loader == "ffcv":
         return bare_ffcv(task, stage, batch_size, workers, device)
     if loader == "torchvision":
@@ -58,14 +58,14 @@ def open_loader(
 
 
 def augmented(batches: TaskBatches) -> Iterator[Tensor]:
-    """What a learner eats."""
+    """The batches that a learner consumes."""
     with closing(batches):
         while True:
             yield batches.next()[0]
 
 
 def decoded(batches: TaskBatches, batch_size: int) -> Iterator[Tensor]:
-    """The plan's images as their source gives them."""
+    """The plan's images as the source returns them."""
 
     def rows() -> Iterator[np.ndarray]:
         for start in itertools.count(0, 256):
@@ -117,7 +117,7 @@ def torchvision_folder(task: Path, stage: str, batch_size: int, workers: int, de
 
 
 def write_png(task: Path, limit: int = 2000) -> None:
-    """Some of the task's images as torchvision's ImageFolder reads them."""
+    """A subset of the task's images, read by torchvision's ImageFolder."""
     source = open_task(task, "train", DataConfig(cache="device", verify=False), torch.device("cpu"))
     for index in range(min(limit, source.manifest.count)):
         path = task / "png" / str(source.labels[index]) / f"{index}.png"
@@ -126,7 +126,7 @@ def write_png(task: Path, limit: int = 2000) -> None:
 
 
 def first_batch(device: torch.device, make: Callable[..., Iterator[Tensor]]) -> float:
-    """Seconds until a loader gives its first batch."""
+    """Seconds until a loader returns its first batch."""
     started = time.perf_counter()
     next(make(device=device))
     learners.synchronise(device)
@@ -134,11 +134,11 @@ def first_batch(device: torch.device, make: Callable[..., Iterator[Tensor]]) -> 
 
 
 def rates(device: torch.device, makers: dict[str, Callable[..., Iterator[Tensor]]], rounds: int, block: float) -> dict:
-    """Batches, and seconds and CPU seconds of each round, in which all ranks take them; `block`: seconds to aim at."""
+    """Batches, seconds and CPU seconds per round, all ranks at once; `block`: target seconds per round."""
     loaders = {name: make(device=device) for name, make in makers.items()}
     results: dict[str, dict] = {}
     for name, loader in loaders.items():
-        for _ in range(8):  # more than any of them has ready in advance
+        for _ in range(8):  # more than any loader prefetches
             next(loader)
         started, taken = time.perf_counter(), 0
         while time.perf_counter() - started < block / 2:
@@ -180,12 +180,18 @@ def embedded_task(folder: Path, copies: int) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that load at the same time (default 1)")
+    parser.add_argument(
+        "--world-size", type=int, default=1, help="number of ranks that load at the same time (default 1)"
+    )
     parser.add_argument("--data", type=Path, help="a prepared task's folder; default: embedded images of 32 px")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=1, help="of every loader and rank (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="threads or processes per loader and rank (default %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a loader's turn, about (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="approximate seconds per turn of a loader (default %(default)s)"
+    )
     args = parser.parse_args(arguments)
     stages, copies = STAGES, COPIES
     if args.quick:
@@ -217,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table_rows(stage: str, measured: dict, batch_size: int, world_size: int) -> Iterator[dict]:
-    """Images a second of all ranks together, CPU time an image, and the ratio to FFCV's rate in the same round."""
+    """Images per second over all ranks, CPU time per image, and the ratio to FFCV's rate in the same round."""
     rates = {}
     for name, result in measured.items():
         images = batch_size * result["batches"]

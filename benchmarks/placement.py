@@ -1,4 +1,4 @@
-"""The paper's eight tasks on fewer and on more ranks than tasks: placed evenly and by their step times; see --help."""
+"""The paper's eight tasks on fewer and more ranks than tasks: even and automatic placement; see --help."""
 
 from functools import partial
 
@@ -17,11 +17,11 @@ from dist_cts.models import ModelConfig
 from dist_cts.run.costs import RandomBatch, step_seconds
 
 EPILOG = """\
-The tasks are those of the suite paper-8, 28 to 84 px, with random images of that size: a step costs the same.
+The tasks are those of the suite paper-8, 28 to 84 px, with random images of that size, which cost the same.
 predicted  the load of the busiest rank, from step times measured on rank 0 (placement=auto does the same)
 measured   a CTS step on the ranks started here, the two placements taking turns, without loading data
-model      NOT a measurement: the same prediction for more ranks, each as fast as one here; sharing a task and
-           communication are for free in it
+model      NOT a measurement: the same prediction for more ranks, each as fast as one here; no cost of
+           sharing a task or of communication
 
   python benchmarks/placement.py --world-size 2
 """
@@ -65,7 +65,7 @@ def measure(device: torch.device, model: str, batch_size: int, rounds: int) -> d
 
 
 def placements(costs: list[float], world_size: int, batch_size: int) -> dict[str, Assignment]:
-    """The planned one, and the even one where there is one."""
+    """The planned placement, and the even one if it exists."""
     found = {"auto": plan(costs, world_size, [batch_size] * len(costs))}
     if world_size <= len(costs) or world_size % len(costs) == 0:
         found = {"even": even_assignment(len(costs), world_size)} | found
@@ -75,7 +75,9 @@ def placements(costs: list[float], world_size: int, batch_size: int) -> dict[str
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--world-size", type=int, default=2, help="ranks to start, unless torchrun has (default 2)")
+    parser.add_argument(
+        "--world-size", type=int, default=2, help="number of ranks to start; not under torchrun (default 2)"
+    )
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--batch-size", type=int, default=16, help="of every task (default %(default)s; paper: 128)")
     parser.add_argument("--rounds", type=int, default=15)

@@ -35,8 +35,8 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
 def alternate(competitors: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each competitor in every round, after `warm_up` rounds that do not count.
 
-    All run once per round, in reverse order in every second round, so that a machine that slows down slows all of them
-    equally. A competitor on a GPU must synchronise before it returns.
+    All run once per round, in reverse order in every second round, so that drift of the machine's speed affects all of
+    them equally. A competitor on a GPU must synchronise before it returns.
     """
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(-warm_up, rounds):

@@ -1,4 +1,4 @@
-"""A step on 1 ... W ranks here, layouts of 64 and 1,024 ranks tried dry, and larger jobs by a model; see --help."""
+"""A step on 1 ... W ranks here, dry runs of 64 and 1,024 ranks, and a model of larger jobs; see --help."""
 
 import math
 import os
@@ -20,12 +20,12 @@ from dist_cts.models import ModelConfig
 EPILOG = """\
 measured  a CTS step on 1 ... W ranks with a task each, all with the same number of threads; efficiency is the time of
           one rank's step over that of W ranks
-dry run   the real loop and reducer as rank 0 of 64 and of 1,024, in one process: torch's fake process group carries
-          nothing, and what would have been sent is counted
+dry run   the real loop and reducer as rank 0 of 64 and of 1,024, in one process: torch's fake process group sends
+          nothing; collectives and bytes are counted
 model     NOT a measurement: compute + all-reduce on nodes of 8 GPUs, by the latencies with which NCCL chooses between
-          its ring and its tree (src/graph/tuning.cc, protocol LL128: 1.9 and 1.25 us a hop over NVLink, 4.0 and 8.5 us
-          over InfiniBand, 6.6 and 6.8 us in all) and 370 GB/s of bus bandwidth (published for 8 H100 with NVLink;
-          between nodes one 400 Gb/s port a GPU gives as much). For 8 GPUs it says 29 us at 1.1 MB where 25 to 32 are
+          its ring and its tree (src/graph/tuning.cc, protocol LL128: 1.9 and 1.25 us per hop over NVLink, 4.0 and 8.5
+          us over InfiniBand, 6.6 and 6.8 us in all) and 370 GB/s of bus bandwidth (published for 8 H100 with NVLink;
+          between nodes one 400 Gb/s port per GPU gives the same). For 8 GPUs it says 29 us at 1.1 MB where 25 to 32 are
           published, and 236 us at 45 MB where 195 at 34 and 267 at 50 are. No stragglers, and nothing overlaps.
 
   python benchmarks/scaling.py --world-size 2
@@ -33,7 +33,7 @@ model     NOT a measurement: compute + all-reduce on nodes of 8 GPUs, by the lat
 """
 MODELS = ("resnet20", "resnet18")
 NODE = 8  # GPUs
-BANDWIDTH = 370e9  # bytes a second
+BANDWIDTH = 370e9  # bytes per second
 
 
 def measured_step(device: torch.device, model: str, batch_size: int, pixels: int, rounds: int, ranks: int) -> dict:
@@ -50,7 +50,7 @@ def measured_step(device: torch.device, model: str, batch_size: int, pixels: int
 
 
 class Sent(TorchDispatchMode):
-    """Counts collectives and their bytes, and does as if every peer of the fake group had sent what this rank did."""
+    """Counts collectives and their bytes; acts as if every peer of the fake group sent the same as this rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,9 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function.namespace == "c10d":
-            assert function.overloadpacket.__name__ == "allreduce_", f"a step with {function}: say what it sends"
+            assert function.overloadpacket.__name__ == "allreduce_", (
+                f"collective {function} is not counted; add its bytes here"
+            )
             tensors, group = args[0], dist.ProcessGroup.unbox(args[1])
             self.collectives += 1
             for tensor in tensors:
@@ -69,7 +71,7 @@ class Sent(TorchDispatchMode):
 
 
 def dry_run(tasks: int, world_size: int, model: str, steps: int = 3) -> dict[str, float]:
-    """Who sits where, and what one rank sends in a step of T tasks on W ranks."""
+    """Placement, collectives and bytes sent per rank and step, for T tasks on W ranks."""
     placements = [place(tasks, world_size, rank) for rank in range(world_size)]
     assert {task for placement in placements for task in placement.local_tasks} == set(range(tasks))
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
@@ -107,7 +109,7 @@ def all_reduce_seconds(size: int, gpus: int) -> dict[str, float]:
 def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[str, object]]:
     """The model's table, with the share of computing in a step for each time that it may take."""
     for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
-        seconds = all_reduce_seconds(4 * (numel + 2 + gpus + 4 * gpus), gpus)  # a task a GPU, the control tail behind
+        seconds = all_reduce_seconds(4 * (numel + 2 + gpus + 4 * gpus), gpus)  # one task per GPU, plus the control tail
         best = min(seconds, key=seconds.get)
         row = {"MODEL": name, "GPUs": gpus, "all-reduce ms": 1e3 * seconds[best], "by": best}
         for compute in compute_ms:
@@ -118,7 +120,9 @@ def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--world-size", type=int, default=2, help="the most ranks to start (default %(default)s)")
+    parser.add_argument(
+        "--world-size", type=int, default=2, help="maximum number of ranks to start (default %(default)s)"
+    )
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--pixels", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Kills ranks and torchrun at random, and compares phi with the bits of a run that nothing disturbed; see --help."""
+"""Kills ranks and torchrun at random and compares phi with that of an uninterrupted run; see --help."""
 
 import os
 import random
@@ -20,9 +20,9 @@ from benchmarks.runs import ROOT, command
 from dist_cts.run import folder as run_folder
 
 EPILOG = """\
-A run of two small tasks on two ranks, by `torchrun --max-restarts`, is hit by SIGKILL at seeded random times, in
-training and one time in five while it starts up: a rank, or torchrun itself, after which the command is given again.
-After ten kills it is stopped and brought to its end. A kill is survived if phi then has the bits of an undisturbed run.
+A run of two small tasks on two ranks, by `torchrun --max-restarts`, gets SIGKILL at seeded random times, one in
+five during start-up, the others during training. The victim is a rank, or torchrun itself, which is then started again.
+After ten kills the run is completed. A kill is survived if phi is then bit-identical to that of an uninterrupted run.
 A restart is the time from a kill to the first step logged after it.
 
   python benchmarks/soak.py --kills 100
@@ -43,7 +43,7 @@ checkpoint: {{every_steps: 25}}
 
 
 class Run:
-    """A run under fire: its torchrun, and the log of all its starts."""
+    """A run that is being killed: its torchrun process, and the log of all its starts."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -53,23 +53,23 @@ class Run:
     def kill(self, victim: str) -> None:
         ranks, agent = self._order_in_class(), self.agent
         self.killed_at, self._seen = time.monotonic(), len(self.log())
-        if victim == "torchrun" or len(ranks) < 2:  # its ranks are not there yet
+        if victim == "torchrun" or len(ranks) < 2:  # its ranks have not started yet
             agent.kill()
             agent.wait()
-            while not self._free():  # its ranks end by themselves
+            while not self._free():  # its ranks exit on their own
                 self._look_at_the_clock()
             self._start()
         else:
             os.kill(ranks[VICTIMS.index(victim)], signal.SIGKILL)
 
     def await_step(self) -> float:
-        """Until the first step of the start after the newest kill; seconds since that kill."""
+        """Waits for the first logged step after the latest kill; returns the seconds since that kill."""
         while not re.search(r"gradient evaluations(.|\n)*\nstep \d+/", self.log()[self._seen :]):
             self._look_at_the_clock()
         return time.monotonic() - self.killed_at
 
     def finish(self) -> int:
-        """Stops the run with a checkpoint and lets it end an episode later; the number of episodes."""
+        """Stops the run with a checkpoint, lets it finish one episode later, returns the number of episodes."""
         self.agent.send_signal(signal.SIGTERM)
         self.agent.wait(HANG)
         episodes = int(re.findall(r"stopped at step (\d+)", self.log())[-1]) // INNER_STEPS + 2
@@ -112,7 +112,7 @@ def launch(folder: Path, episodes: int, run: str, **torchrun: Any) -> subprocess
 
 
 def soak(folder: Path, rng: random.Random, kills: int) -> tuple[list[tuple[str, float | None]], bool]:
-    """Victims with the seconds of their restart, None if hit again before; and whether phi then has the right bits."""
+    """Victims with restart seconds (None if killed again first), and whether phi is then bit-identical."""
     run = Run(folder)
     run.await_step()
     hits: list[tuple[str, float | None]] = []
@@ -134,8 +134,8 @@ def soak(folder: Path, rng: random.Random, kills: int) -> tuple[list[tuple[str, 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = report.parser(__doc__, EPILOG)
-    parser.add_argument("--kills", type=int, default=100, help="how many (default 100; 3 with --quick)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and times (default 0)")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default 100; 3 with --quick)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of victims and times (default 0)")
     args = parser.parse_args(arguments)
     kills = 3 if args.quick else args.kills
     hits, survived, rng = [], 0, random.Random(args.seed)

@@ -14,10 +14,10 @@ from dist_cts.data.prepare import catalog
 from dist_cts.data.prepare.task import Options, prepare
 
 EPILOG = """\
-A round starts each of these once, one task a rank, a small model:
-  import torch  as many processes as ranks that import torch and end: no run can be faster
+A round starts each of these once, one task per rank, with a small model:
+  import torch  one process per rank that only imports torch: a lower bound
   device        torchrun on a run of one step, images in device memory, from the command to its end
-  stream        the same, streamed by FFCV, which every rank imports and which compiles its decoder there
+  stream        the same, streamed by FFCV: every rank imports it and compiles its decoder
 
   python benchmarks/start_up.py --world-size 8
 """

@@ -1,11 +1,11 @@
-"""Raw pixels or JPEG inside a .beton: size on disk, and the speed of writing and of reading, by the size of the images.
+"""Raw pixels or JPEG inside a .beton: file size, write speed and read speed by image size.
 
     python benchmarks/storage.py [--root RAW/tiny-imagenet-200] [--workers 1 2] [--quick]
 
 Without --root (default: tiny-imagenet-200 below $DIST_CTS_DATA, if it is there) only crops of scikit-learn's two
-photographs are measured. They are few, but real at every size. TinyImageNet has thousands of scenes, but of 64 px:
-beyond that its images are scaled up, which JPEG stores better than a photograph, or joined in mosaics, which it stores
-worse. Reads come from the page cache: where the data do not fit into memory, the smaller file gains.
+photographs are measured: few, but with full detail at every size. TinyImageNet has thousands of scenes, but of 64 px:
+larger sizes are upscaled, which compresses better than a photograph, or combined in mosaics, which compress worse.
+Reads come from the page cache: if the data does not fit into memory, the smaller file has an advantage.
 """
 
 import os
@@ -30,13 +30,13 @@ from dist_cts.data.source import ResidentSource, StreamingSource
 CPU = torch.device("cpu")
 MODES = ("raw", "jpg")
 BATCH = 128
-PASSES = {"raw": 64, "jpg": 4}  # over the file in a timing of streaming
-COUNT, BYTES, QUICK_BYTES = 2048, 64 << 20, 2 << 20  # images of a case, and what they have at most when raw
+PASSES = {"raw": 64, "jpg": 4}  # epochs per timing of streaming
+COUNT, BYTES, QUICK_BYTES = 2048, 64 << 20, 2 << 20  # images per case, and their maximum raw size
 
 
 @dataclass(frozen=True)
 class Case:
-    """Images to store: what they are, themselves, and the side that they are resized to."""
+    """Images to store: description, images, and the side that they are resized to."""
 
     what: str
     raw: RawDataset
@@ -44,7 +44,7 @@ class Case:
 
 
 def cases(root: Path | None, quick: bool) -> Iterator[Case]:
-    """COUNT images in each, or as many as have BYTES (QUICK_BYTES) when raw."""
+    """COUNT images per case, or as many as fit in BYTES (QUICK_BYTES) when raw."""
     sizes = (64,) if quick else (28, 32, 64, 84, 128, 224)
     kinds = [("photographs", crops(COUNT), pixels) for pixels in sizes]
     if root is not None:
@@ -85,7 +85,7 @@ def mosaics(raw: RawDataset) -> RawDataset:
 
 
 def measure(case: Case, folder: Path, workers: Sequence[int], rounds: int) -> dict:
-    """Bytes an image, what JPEG loses, and images a second; speeds as `spread`s, by "mode threads"."""
+    """Bytes per image, PSNR of JPEG, and images per second; speeds as `spread`s, by "mode threads"."""
     count, order = len(case.raw), np.random.default_rng(0)
     paths, manifests, resident = {mode: folder / mode / "train.beton" for mode in MODES}, {}, {}
 
@@ -149,7 +149,7 @@ def rates(
 
 
 def bytes_an_image(path: Path, manifest: Manifest) -> float:
-    """What one image more takes: no share of the two incomplete pages that a file has, however many its images."""
+    """Bytes of one more image, so that the incomplete pages of a file do not count."""
     table = int(np.fromfile(path, beton.HEADER, 1)["table"][0])
     allocated = np.fromfile(path, "<u8", offset=table).reshape(-1, 3)
     _, pointers, sizes = allocated.T
@@ -163,7 +163,7 @@ def psnr(images: torch.Tensor, stored: torch.Tensor) -> float:
 
 
 def row(result: dict, workers: Sequence[int]) -> dict:
-    """A case in the table; of the speeds, the median."""
+    """Table row of a case, with median speeds."""
 
     def pair(name: str, threads: str = "") -> str:
         return " / ".join(f"{result[name][mode + threads]['median']:,.0f}" for mode in MODES)
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     usage = parser(__doc__)
     known = Path(os.environ.get("DIST_CTS_DATA", "")) / "tiny-imagenet-200"
     usage.add_argument("--root", type=Path, default=known if known.is_dir() else None, help="TinyImageNet")
-    usage.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="threads to try (default 1 2)")
+    usage.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of threads (default 1 2)")
     usage.add_argument("--rounds", type=int, default=5)
     args = usage.parse_args(arguments)
     results = []

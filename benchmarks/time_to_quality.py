@@ -1,4 +1,4 @@
-"""How long until phi is good: CTS against Reptile, by the meta-test of phi's snapshots; see --help."""
+"""Time until phi reaches a given meta-test accuracy, CTS against Reptile; see --help."""
 
 import json
 import subprocess
@@ -14,13 +14,16 @@ from dist_cts.data.prepare.task import Options, prepare
 
 EPILOG = """\
 For each seed both methods meta-train the demo's eight embedded tasks, taking turns; then phi's snapshots, one at the
-end of each episode, are meta-tested on the two tasks held out. A level is reached at the first snapshot whose accuracy,
-the mean over the meta-test's seeds, is not below it. Seconds are those of meta-training up to that snapshot, without
+end of each episode, are meta-tested on the two held-out tasks. A level is reached at the first snapshot whose mean
+accuracy over the meta-test seeds is at least that level. Seconds count meta-training up to that snapshot, without
 start-up and meta-test. Inner steps are summed over the tasks.
 
   python benchmarks/time_to_quality.py --world-size 2 --levels 40 50
 """
-METHODS = {"cts": ["algorithm=cts", "meta_lr=0.1"], "reptile": ["algorithm=reptile", "meta_lr=1"]}  # each one's beta
+METHODS = {
+    "cts": ["algorithm=cts", "meta_lr=0.1"],
+    "reptile": ["algorithm=reptile", "meta_lr=1"],
+}  # beta of each method
 TASKS = ("digits", "letters", "symbols", "shapes", "textures", "colours", "counting", "orientation")
 TARGETS = ("georgian", "icons")
 INNER_STEPS = 60  # K
@@ -75,10 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--world-size", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3, help="meta-trainings of each method (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds per method (default %(default)s)")
     parser.add_argument("--episodes", type=int, default=8, help=f"M, of {INNER_STEPS} inner steps (default 8)")
     parser.add_argument("--levels", type=float, nargs="+", default=[30, 40, 50], help="accuracies in %%")
-    parser.add_argument("--work", type=Path, help="keep runs here, and go on from what is there")
+    parser.add_argument("--work", type=Path, help="folder to keep runs in; existing runs resume")
     args = parser.parse_args(arguments)
     tasks, targets, K, more, adapting = TASKS, TARGETS, INNER_STEPS, [], []
     if args.quick:

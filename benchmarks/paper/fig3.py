@@ -31,7 +31,7 @@ from dist_cts.seeds import hashed_seed
 
 Gradient = Callable[[Tensor, int], Tensor]  # of theta [N] and the step 0, 1, ...: grad L_step(theta) [N]
 
-ALPHA, BETA, K = 0.01, 0.1, 10  # what stays while another one varies
+ALPHA, BETA, K = 0.01, 0.1, 10  # fixed values while another one varies
 ALPHAS = (0.001, 0.003, 0.01, 0.03, 0.1)
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 KS = (2, 4, 8, 16, 32)
@@ -103,7 +103,7 @@ class Task:
         self.directions = torch.zeros(max(*KS, K) - 1, len(self.start), dtype=dtype)
         for row in self.directions:  # phi is the body: the head is not shifted, nor are the gaps between tensors
             for view in self.flat.body_layout.views(row).values():
-                view.copy_(torch.randn(view.shape, generator=generator, dtype=torch.float64))  # whatever dtype
+                view.copy_(torch.randn(view.shape, generator=generator, dtype=torch.float64))  # independent of dtype
             row /= row.norm()
 
     def gradient(self, theta: Tensor, step: int) -> Tensor:
@@ -146,7 +146,7 @@ def measure(batches: Callable[[int], TaskBatches], classes: int, draws: int, dty
             for name, (settings, of) in SERIES.items():
                 if of == activation:
                     result["k"].setdefault(name, []).append(task.log_errors(BETA, KS, ALPHA, **settings))
-        print(f"draw {draw + 1} of {draws}: {time.process_time() - started:.0f} s of processor time", flush=True)
+        print(f"draw {draw + 1} of {draws}: {time.process_time() - started:.0f} s of CPU time", flush=True)
     return result
 
 
@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", default="embedded:colours", help="a prepared task's folder, or embedded:TASK (default %(default)s)")
     add("--batch-size", type=int, default=16, help="default %(default)s; the paper has 128")
     add("--draws", type=int, default=10, help="default %(default)s")
-    add("--float64", action="store_true", help="three times as long; float32 hides errors below about 1e-5")
+    add("--float64", action="store_true", help="takes three times as long; float32 hides errors below about 1e-5")
     add("--out", type=Path, default=RESULTS, help="folder for fig3.png and fig3.json (default %(default)s)")
     return parser
 

@@ -1,4 +1,4 @@
-"""Figures 4 and 5 of the paper: what a horizon k does to meta-learning, and the paths of the methods.
+"""Figures 4 and 5 of the paper: the effect of the horizon k on meta-learning, and the paths of the methods.
 
 python benchmarks/paper/fig4_fig5.py [--out DIR]
 """
@@ -19,7 +19,7 @@ from dist_cts.synthetic import ENVIRONMENTS, TEST, Environment, losses
 ENV = ENVIRONMENTS["released"]
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # section 4.1
 BETA, K, M = 0.1, 100, 3
-UPDATES = K * M  # every method makes as many meta-updates (section 4.1)
+UPDATES = K * M  # meta-updates of every method (section 4.1)
 HORIZONS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100)
 SHORT, LONG = 5, 100
 STARTS = [(-5.0, 5.0), (15.0, 5.0)]
@@ -29,7 +29,7 @@ GOOD = "loss after 100 steps"
 def fixed_points(env: Environment, starts: Tensor, k: int) -> tuple[Tensor, list[list[float]]]:
     """Reptile's paths [301, G, 2] with the horizon fixed at k, and the distinct points at which they come to rest.
 
-    The optimizer starts anew at every episode, so that a meta-update is a map of phi alone and can have fixed points.
+    The optimizer is reset at every episode, so that a meta-update is a function of phi alone and can have fixed points.
     """
     paths = meta_train_grid(env, starts, "reptile", INNER, beta=BETA, M=UPDATES, K=k, reset_optimizer=True)
     rests = paths[-1][(paths[-1] - paths[-2]).norm(dim=1) < 1e-3]
@@ -92,7 +92,7 @@ def fig4(out: Path) -> None:
         ]
         axes[3].plot(range(1, UPDATES + 1), steps[1:], **METHOD_LOOKS[name])
         axes[3].annotate(f"{steps[-1]:,.0f}", (UPDATES, steps[-1]), (3, -3), textcoords="offset points", fontsize=8)
-    axes[3].set(yscale="log", xlabel="meta-updates", ylabel="inner-gradient steps of one task", xlim=(0, 370))
+    axes[3].set(yscale="log", xlabel="meta-updates", ylabel="inner-gradient steps per task", xlim=(0, 370))
     axes[3].set_title("(d) cumulative cost")
     axes[3].legend(loc="lower center")
     total = {name: int(steps[-1]) for name, steps in spent.items()}
@@ -114,9 +114,9 @@ def fig4(out: Path) -> None:
 
 
 def statements(env: Environment, starts: Tensor, reset_optimizer: bool) -> dict:
-    """Mean loss after 100 steps by method over the grid of starts, and how often each ends below Reptile's 300 updates.
+    """Mean loss after 100 steps over the grid, by method, and how often it ends below Reptile with 300 updates.
 
-    Starts from which a method or the test optimizer diverges are left out for all methods, and named.
+    Initializations where a method or the test optimizer diverges are excluded for all methods and listed.
     """
     rows = {
         f"reptile, {M} updates": ("reptile", M),

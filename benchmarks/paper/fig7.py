@@ -35,8 +35,10 @@ def curves(document: dict) -> dict[str, dict[str, list[tuple[int, float, float]]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("meta_test", type=Path, help="meta_test.json")
-    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="run folders whose training loss is drawn")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of fig7.png and .json (default %(default)s)")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="run folders whose training loss to plot")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for fig7.png and fig7.json (default %(default)s)"
+    )
     args = parser.parse_args(arguments)
     document = json.loads(args.meta_test.read_text())
     panels = curves(document)

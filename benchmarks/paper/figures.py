@@ -1,4 +1,4 @@
-"""One look for all figures of the paper: colours, maps of the plane, and a picture with its numbers beside it."""
+"""Shared style of the paper's figures: colors, maps of the plane; saves each figure with its numbers as JSON."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from matplotlib.patheffects import Normal, Stroke
 from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
-# Okabe and Ito's colours, told apart with every common colour blindness; line styles repeat what they say.
+# Okabe and Ito's colors, distinct for color-blind readers; each method also has its own line style.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 METHOD_LOOKS = {
     "cts": {"color": BLUE, "label": "Ours (cts)", "linestyle": "-"},
@@ -57,7 +57,7 @@ def square_grid(n: int, low: float = -5.0, high: float = 15.0) -> Tensor:
 
 
 def landscape(ax: Axes, points: Tensor, values: Tensor, label: str | None = None, levels: int = 12) -> None:
-    """Filled log-spaced contours of `values` [n * n] on a `square_grid`; the darker, the lower."""
+    """Filled log-spaced contours of `values` [n * n] on a `square_grid`; darker is lower."""
     n = round(len(points) ** 0.5)
     x, y, z = (t.view(n, n).T.numpy() for t in (points[:, 0], points[:, 1], values))
     z = np.where(np.isfinite(z), z, np.nanmax(z[np.isfinite(z)]))
@@ -98,7 +98,7 @@ def save(fig: Figure, out: Path, name: str, numbers: dict) -> None:
 
 
 def main(description: str, draw: Sequence[Callable[[Path], None]]) -> None:
-    """The command line of a script that draws figures: --out, and how long each took."""
+    """The command line of a figure script: --out; prints the time of each figure."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default {RESULTS})")
     out = parser.parse_args().out

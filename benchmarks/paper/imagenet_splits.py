@@ -53,7 +53,7 @@ def read_nouns(path: Path) -> dict[str, Synset]:
 
 
 def chain(offset: str, nouns: dict[str, Synset], other: dict[str, str]) -> list[str]:
-    """The synsets from a class to the root: every one's parent is its last hypernym, or the one that `other` names."""
+    """The synsets from a class to the root: the parent is the last hypernym, or the one in `other`."""
     path = [offset]
     while nouns[path[-1]].hypernyms:
         path.append(other.get(path[-1]) or nouns[path[-1]].hypernyms[-1])
@@ -119,7 +119,7 @@ def fewest_exceptions(ids: list[str], nouns: dict[str, Synset], tops: dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the lists of ImageNet's classes in eight splits.")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
-    parser.add_argument("--ids", type=Path, required=True, help="the 1,000 WordNet ids, one a line")
+    parser.add_argument("--ids", type=Path, required=True, help="file with the 1,000 WordNet ids, one per line")
     args = parser.parse_args()
     nouns = read_nouns(args.wordnet)
     ids = sorted(line.strip().removeprefix("n") for line in args.ids.read_text().splitlines() if line.strip())

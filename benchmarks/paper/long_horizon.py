@@ -1,7 +1,7 @@
 """Runs the long-horizon study whose protocol is long_horizon.md: K up to 1000, paired seeds, every beta tuned.
 
-Each finished run is one JSON file under --results, which is all that a later call needs to resume; run folders under
---work only spare an interrupted run its steps. tables.py and long_horizon_figures.py show the files.
+Each finished run is one JSON file under --results, all that a later call needs to resume; run folders under
+--work let an interrupted run resume from its checkpoint. tables.py and long_horizon_figures.py show the results.
 
 python benchmarks/paper/long_horizon.py data.root=data/long_horizon
 On a GPU, at the paper's size:
@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "paper" / "long_horizon"
 COMPARED = ("cts", "reptile", "no_shifting", "random_shifting")
 OTHERS = ("leap", "fomaml++", "fomaml", "imaml")
-FINE_LRS = (0.01, 0.03, 0.1)  # of the meta-test, tried with random initialization on the validation tasks
+FINE_LRS = (0.01, 0.03, 0.1)  # of the meta-test, tuned with random initialization on the validation tasks
 SNAPSHOT_SEEDS = 3
-TUNE_SEED = 100  # and the next one: no seed of a main run
+TUNE_SEED = 100  # and the next one; main runs use other seeds
 JOINT = 1.0  # the beta of joint training
-EXTENSIONS = 3  # decades of beta that a scan may add
+EXTENSIONS = 3  # maximum number of decades that a scan may add
 PILOT_SEED = 200
 Stage = tuple[str, list[tuple[str, int]], list[int]]  # tune or main, (method, K) of each run, and the seeds of main
 
@@ -71,7 +71,7 @@ def tune(submit: Callable[[Run], Future], method: str, K: int) -> float:
 
 
 class Queue:
-    """Runs in the order in which they are submitted, `workers` at a time, with progress and time left."""
+    """Runs the jobs in submission order, `workers` at a time, with progress and time left."""
 
     def __init__(self, study: Study, workers: int, planned: int) -> None:
         """`planned`: inner steps of the whole study."""
@@ -99,7 +99,7 @@ class Queue:
 
 
 def plan(horizons: Sequence[int], untuned: Sequence[str], seeds: int, main_seeds: int) -> list[Stage]:
-    """The stages in order, such that what is there at any time is balanced over the methods."""
+    """The stages in order, such that partial results are balanced over the methods."""
     main_K = horizons[0]
     stages: list[Stage] = []
     for K in horizons:
@@ -119,7 +119,9 @@ def check_pilot(record: dict, classes: dict[str, int]) -> None:
     shares = sorted(losses[-1] / math.log(classes[task]) for task, losses in record["loss"].items())
     print("pilot, last loss as a share of ln C: " + ", ".join(f"{share:.2f}" for share in shares), flush=True)
     if shares[3] > 0.5 or shares[4] > 0.7:
-        raise SystemExit("the pilot's condition is not met: give the tasks fewer classes, and write it in the protocol")
+        raise SystemExit(
+            "the pilot's condition is not met: reduce the number of classes per task and record it in the protocol"
+        )
 
 
 def choose_fine_lr(study: Study) -> Study:
@@ -135,7 +137,7 @@ def choose_fine_lr(study: Study) -> Study:
 
 
 def run_stages(study: Study, stages: list[Stage], queue: "Queue") -> None:
-    """Everything of the protocol, in its order; what is there already is only read."""
+    """Runs the protocol in order; finished runs are read from their files."""
     pilot = queue.submit(pilot_run(study)).result()
     check_pilot(pilot, {name: _classes(study, name) for name in pilot["loss"]})
     betas: dict[tuple[str, int], float] = {}
@@ -185,11 +187,13 @@ def main() -> None:
     parser.add_argument("--single", nargs="*", default=["tiny-imagenet-0-20", "fashion-mnist"], help="single sources")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "long_horizon", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished runs' JSON files")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one process and thread each")
-    parser.add_argument("--K", type=int, nargs="+", default=[1000, 100, 10], help="in the order in which they run")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, one process and thread each")
+    parser.add_argument(
+        "--K", type=int, nargs="+", default=[1000, 100, 10], help="values of K, in the order in which they run"
+    )
     parser.add_argument("--steps", type=int, default=6000, help="inner steps per task of a run")
-    parser.add_argument("--tune-steps", type=int, default=2000, help="the same while beta is tuned")
-    parser.add_argument("--seeds", type=int, default=3, help="of every method and K")
+    parser.add_argument("--tune-steps", type=int, default=2000, help="inner steps per task of a tuning run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every method and K")
     parser.add_argument("--main-seeds", type=int, default=8, help=f"of {', '.join(COMPARED)} at the first K")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training and meta-test")
     args = parser.parse_intermixed_args()

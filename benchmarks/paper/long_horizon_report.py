@@ -14,7 +14,7 @@ from benchmarks.paper.figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS
 from dist_cts.run.report import interval
 
 FOLDER = RESULTS / "long_horizon"
-CONTROL = "tiny-imagenet-160-180"  # in no contrast
+CONTROL = "tiny-imagenet-160-180"  # not in any contrast
 MAIN_K = 1000
 COMPARED = ("cts", "reptile", "no_shifting", "random_shifting")
 ONCE = ("reptile", "leap", "fomaml", "fomaml++", "imaml")  # these update phi once per episode
@@ -69,7 +69,7 @@ def endpoint(accuracy: Mapping[str, Sequence[float]]) -> float:
 
 
 def endpoints(records: Records, cell: Cell) -> dict[int, float]:
-    """By seed; a diverged run has none."""
+    """Endpoint by seed; diverged runs are left out."""
     runs = records.main.get(cell, {})
     return {seed: endpoint(record["accuracy"]) for seed, record in runs.items() if "accuracy" in record}
 

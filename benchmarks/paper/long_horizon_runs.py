@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs share."""
+    """Settings shared by all runs."""
 
     config: Path
     meta_test_config: Path
@@ -48,10 +48,10 @@ class Study:
     work: Path
     results: Path
     steps: int  # inner steps per task of a main run
-    tune_steps: int  # the same while beta is tuned
+    tune_steps: int  # inner steps per task of a tuning run
     horizons: tuple[int, ...]  # the values of K, the main one first
     overrides: tuple[str, ...] = ()  # for meta-training and meta-test
-    fine_lr: float = 0.0  # of the meta-test; 0: not chosen yet
+    fine_lr: float = 0.0  # learning rate of the meta-test; 0: not chosen yet
 
     def training(self, run: Run) -> TrainConfig:
         """The resolved configuration of a run's meta-training."""
@@ -72,7 +72,7 @@ class Study:
         )
 
     def testing(self, run: Run | None, **changes: Any) -> MetaTestConfig:
-        """The resolved configuration of a run's meta-test; of random initialization's for None."""
+        """The resolved configuration of a run's meta-test; None: that of random initialization."""
         values = [f"inner.lr={self.fine_lr}"] if self.fine_lr else []
         if run is not None:
             values += ["random=false", f"out={self.work / run.name / 'meta_test'}"]
@@ -90,10 +90,10 @@ class Study:
         return steps + (test.steps * tests if run.kind != "pilot" else 0)
 
     def once(self, name: str, request: dict, make: Callable[[], dict]) -> dict:
-        """The record RESULTS/NAME.json, made if it is not there.
+        """The record RESULTS/NAME.json; created if missing.
 
         Raises:
-            SystemExit: the file is there, but answers another request.
+            SystemExit: the file was created with other settings.
         """
         path = self.results / f"{name}.json"
         if path.exists():
@@ -112,7 +112,7 @@ class Study:
 
 
 def _completed(request: dict) -> dict:
-    """A stored request with the keys that the configurations have gained since, at their defaults."""
+    """A stored request, with defaults for configuration keys added since."""
     models = {"training": TrainConfig, "meta_test": MetaTestConfig}
     return {name: _settings(models[name].model_validate(values)) for name, values in request.items()}
 

@@ -1,6 +1,6 @@
 """Meta-training from all points of a grid at once, on the synthetic tasks of section 4.1.
 
-The loop of dist_cts/meta_train.py with a batch of points for theta; the tests hold both together to 1e-10.
+The loop of dist_cts/meta_train.py with a batch of points for theta; a test compares both to 1e-10.
 """
 
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ def meta_train_grid(
                 path.append(phi)
                 if algorithm == "cts":
                     trajectories.theta.add_(delta[:, None])
-                elif algorithm == "accurate" and k < K:  # after the last step the reset would discard it
+                elif algorithm == "accurate" and k < K:  # not after the last step: the reset would discard it
                     _load_optimizer(trajectories, begin)
                     trajectories.start(phi)
                     for _ in range(k):

@@ -1,6 +1,6 @@
 """Writes the tables of README.md and long_horizon.md, between their markers, from the JSON files of the results.
 
-python benchmarks/paper/tables.py            a test fails while a table and its JSON differ
+python benchmarks/paper/tables.py            a test fails if a table and its JSON differ
 """
 
 import json

@@ -43,7 +43,7 @@ def _rank_main(rank, world_size, folder, scenario, args):
 
 @pytest.fixture
 def run_ranks(tmp_path):
-    """run_ranks(W, scenario, *args): scenario(rank, *args) on W gloo processes; what each rank returned, in order."""
+    """run_ranks(W, scenario, *args): runs scenario(rank, *args) on W gloo processes; the return values by rank."""
 
     def run(world_size, scenario, *args):
         folder = tmp_path / f"ranks-{len(list(tmp_path.glob('ranks-*')))}"
@@ -83,7 +83,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk(size): a folder in memory of so many KiB; skipped where that is not allowed."""
+    """small_disk(size): a tmpfs folder of `size` KiB; skips the test where mounting is not allowed."""
     mounted = []
 
     def mount(kibibytes):
@@ -102,7 +102,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """An empty working folder, in which nothing must appear that a file asked for."""
+    """An empty working folder, which must stay empty: no file executes anything."""
     before, folder = Path.cwd(), tmp_path_factory.mktemp("cwd")
     os.chdir(folder)
     yield

@@ -1,4 +1,4 @@
-"""Raw tasks need nothing but torch and common packages: no FFCV, no metadata of any package."""
+"""Raw tasks need only torch and common packages: no FFCV, no package metadata."""
 
 import json
 import os

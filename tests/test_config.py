@@ -72,7 +72,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
 @pytest.mark.parametrize("model", [TrainConfig, MetaTestConfig])
 @given(value=st.sampled_from([True, False, 1, 0.25, "a", ["a"], {}, *CHOICES]), data=st.data())
 def test_giving_one_key_leaves_all_others_at_their_defaults(model, value, data):
-    """Whatever value the key takes: the rest is what a config that gives nothing has, at every depth."""
+    """Setting one key leaves every other key at its default, at every depth."""
     required = {"tasks": ["t"]} if model is TrainConfig else {"targets": ["t"]}
     empty = flatten(model.model_validate(required).model_dump())
     key = data.draw(st.sampled_from(sorted(empty)))

@@ -1,4 +1,4 @@
-"""The commands themselves, as a user starts them."""
+"""The commands of launch/, as a user starts them."""
 
 import json
 import re
@@ -152,7 +152,7 @@ def test_a_world_size_that_fits_no_layout_is_one_line(run, config):
     assert "2 tasks do not fit evenly on 3 ranks" in err
 
 
-def test_fresh_starts_anew_and_keeps_what_was_there(run, start, config, tmp_path):
+def test_fresh_starts_from_scratch_and_keeps_the_old_folder(run, start, config, tmp_path):
     for seed in (0, 1, 2):
         code, _, err = start("train.py", "--config", config, "--fresh", f"seed={seed}", forked=2).finish()
         assert code == [0, 0], err
@@ -212,7 +212,7 @@ def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, ta
             assert cell["best_seeds"] == [100 * max(point["accuracy"] for point in curve) for curve in curves]
     interrupted = next(iter(jobs))
     interrupted.unlink()
-    code, again, err = run("meta_test.py", *arguments)  # one job is left to do, and comes out as before
+    code, again, err = run("meta_test.py", *arguments)  # one job is left and gives the same result
     assert code == 0, err
     assert before in again
     done_again = [path for path, written in jobs.items() if path.stat().st_mtime_ns != written]
@@ -223,7 +223,7 @@ def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, ta
 
 
 @pytest.mark.parametrize("script", ["train.py", "meta_test.py", "prepare.py"])
-def test_help_helps(run, script):
+def test_help_is_printed(run, script):
     code, out, _ = run(script, "--help")
     assert code == 0
     assert len(out.splitlines()) > 20

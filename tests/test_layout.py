@@ -1,4 +1,4 @@
-"""The rooms of dist_cts: every import leads to a lower floor or stays in its room, and no file imports in a circle."""
+"""The layers of dist_cts: imports lead to lower layers or stay in the package, and are never circular."""
 
 import ast
 from graphlib import TopologicalSorter

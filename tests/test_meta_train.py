@@ -1,4 +1,4 @@
-"""The loop on real gloo ranks against the oracle."""
+"""The loop on real gloo ranks against the reference implementation."""
 
 import gc
 from contextlib import nullcontext
@@ -123,7 +123,7 @@ def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks):
 
 
 class ReadsBack(TorchDispatchMode):
-    """Notes every operation that makes the host wait for a value: item(), bool(), comparison of whole tensors."""
+    """Records every operation that synchronizes with the host: item(), bool(), comparison of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ def group_of_one():
 
 @pytest.mark.parametrize("algorithm", ["cts", "no_shifting", "reptile"])
 def test_the_hot_path_reads_nothing_back(group_of_one, monkeypatch, algorithm):
-    monkeypatch.setattr(MetaReducer, "_receive", lambda self: None)  # reads a copy that has long arrived on the host
+    monkeypatch.setattr(MetaReducer, "_receive", lambda self: None)  # reads a copy that is already on the host
     mode = ReadsBack()
     train(0, 1, 1, INNER["momentum and decay"], algorithm, watch=lambda: mode)
     assert mode.found == []
@@ -177,7 +177,7 @@ class Operations(TorchDispatchMode):
 
 
 def beside_forward_and_backward(monkeypatch, model, tasks):
-    """The operations of a whole run but forward and backward passes, and how many tensors the model's body has."""
+    """The operations of a run without forward and backward passes, and the number of tensors in the body."""
     monkeypatch.setitem(globals(), "TINY", ModelConfig(name=model))
     loss = torch.zeros(())
     monkeypatch.setattr(TaskLearner, "compute_gradient", lambda self, batch: (loss, loss))

@@ -12,7 +12,7 @@ from dist_cts.run.config import TrainConfig
 from dist_cts.run.meta_test import MetaTestConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Supplement, Tables 1, 2, 4 and 5: every data set's side in pixels.
+# Supplement, Tables 1, 2, 4 and 5: image size of every dataset in pixels.
 TASKS = {
     "tiny-imagenet-0-100": 64, "tiny-imagenet-100-200": 64, "cifar100": 32, "stanford-dogs": 84, "aircraft": 84,
     "cub": 84, "fashion-mnist": 28, "svhn": 32,

@@ -1,4 +1,4 @@
-"""Every row of the table: against the oracle, on 1, 2 and 4 ranks, interrupted, and counted."""
+"""Every algorithm against the reference implementation, on 1, 2 and 4 ranks and interrupted; gradient counts."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ TINY = ModelConfig(name="tiny", width=0.5)
 INNER = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 LAM, CG = 10.0, 4  # lambda above the largest negative curvature, so that conjugate gradient is well posed
 
-# name -> algorithm, beta, options of MethodConfig, options of the oracle
+# name -> algorithm, beta, options of MethodConfig, options of the reference
 CASES = {
     "cts": ("cts", 0.5, {}, {}),
     "cts every 2": ("cts", 0.5, {"shift_every": 2}, {"every": 2}),
@@ -125,7 +125,7 @@ def largest_difference(phi, other):
     return max((phi[name] - other[name]).abs().max().item() for name in phi)
 
 
-def test_every_method_equals_the_oracle_on_1_2_and_4_ranks(run_ranks):
+def test_every_method_equals_the_reference_on_1_2_and_4_ranks(run_ranks):
     assert {case[0] for case in CASES.values()} == ALGORITHMS.keys()
     on_ranks = [phis for world_size in (1, 2, 4) for phis in run_ranks(world_size, train_all, world_size)]
     for case in CASES:
@@ -142,7 +142,7 @@ def alone():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_episode_interrupted_after_its_second_step_goes_on_to_the_same_bits(alone, case):
+def test_an_episode_interrupted_after_its_second_step_resumes_bit_identically(alone, case):
     undisturbed = make_learners(range(T))
     expected = start(undisturbed)
     run(case, alone, expected, undisturbed, Progress(K))
@@ -159,7 +159,7 @@ def test_an_episode_interrupted_after_its_second_step_goes_on_to_the_same_bits(a
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_evaluations_are_those_that_it_makes(alone, case, monkeypatch):
+def test_gradient_evaluations_equal_those_counted_in_a_run(alone, case, monkeypatch):
     made = 0
 
     def counted(function, price):
@@ -183,7 +183,7 @@ def test_the_gradient_evaluations_are_those_that_it_makes(alone, case, monkeypat
     assert made == M * make(case).gradient_evaluations(K)
 
 
-def test_accurate_says_that_it_costs_k_gradients_at_step_k():
+def test_accurate_warns_that_step_k_costs_k_gradients():
     accurate = ALGORITHMS["accurate"]
     assert accurate.gradient_evaluations(1000) == 500500  # 1 + 2 + ... + 1000
     assert accurate.evaluations_per_meta_update(1000) == 500.5
@@ -197,7 +197,7 @@ def test_accurate_says_that_it_costs_k_gradients_at_step_k():
 @pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov"])
 def test_mtl_is_joint_sgd_on_the_mean_loss_over_tasks(alone, optimizer, inner_steps):
-    """With momentum and weight decay: the tasks' momenta add up, being linear. The heads each follow their own loss."""
+    """With momentum and weight decay: momentum is linear, so the tasks' momenta add up. Heads follow their own loss."""
     inner, steps = INNER | {"optimizer": optimizer}, 6
     learners = make_learners(range(T), inner)
     phi = start(learners)
@@ -256,7 +256,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_options_that_make_no_sense_are_refused(message):
+def test_incompatible_options_are_refused(message):
     name, options = BAD[message]
     with pytest.raises(ValueError, match=message):
         make_algorithm(name, MethodConfig(**options), inner_steps=10, meta_lr=1, seed=0)

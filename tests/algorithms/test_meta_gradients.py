@@ -140,7 +140,7 @@ def test_leap_is_the_gradient_of_the_path_from_theta_0_to_theta_k_minus_1(norm, 
     torch.testing.assert_close(leap(6, options), length_gradients(points, options), rtol=1e-4, atol=1e-5)
 
 
-def test_leaps_stabilizer_turns_a_rise_of_the_loss_round():
+def test_leaps_stabilizer_reverses_an_increase_of_the_loss():
     batches = [(C, A), (C, 2 * A)]
     points = [(START, batches[0]), (in_closed_form(1), batches[1])]
     losses = [0.5 * (a * (theta - c) ** 2).sum() for theta, (c, a) in points]
@@ -164,7 +164,7 @@ def test_leaps_head_may_count_in_the_length_and_never_in_the_gradient():
         torch.testing.assert_close(got, pull / length)
 
 
-def test_leap_at_a_standstill_is_zero():
+def test_leap_without_movement_is_zero():
     assert not leap(4, LeapConfig(), batches=[(START, A)]).any()
 
 

@@ -15,7 +15,7 @@ K = 7
 
 
 def after(k, start, inner=None):
-    """A learner after k steps from `start`, begun as accurate begins, and the progress to say so."""
+    """A learner after k steps from `start`, prepared by begin_exact, and the matching progress."""
     learner = make_learner([(C, A)], **({"inner": inner} if inner else {}))
     learner.reset(phi_of(learner, start))
     shifts.begin_exact(learner)
@@ -50,7 +50,7 @@ def test_the_exact_shift_is_a_fresh_episode_from_the_new_phi_in_momentum_and_bat
         learner.inner_step()
     assert torch.equal(shifted.theta, fresh.theta)
     assert shifted.batches.step == fresh.batches.step == k + 1
-    assert shifted.counters[0] == k + 1  # a replayed step is no new one
+    assert shifted.counters[0] == k + 1  # replayed steps are not counted
 
 
 def test_the_exact_shift_replays_nothing_after_the_last_step():

@@ -1,4 +1,4 @@
-"""All loaders give what a model takes."""
+"""All loaders return batches in the format that a model expects."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The dry run against what a step must send, and the model against published times."""
+"""The dry run against the expected collectives and bytes; the model against published times."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The competitors compute what they are said to."""
+"""The competitors compute the same algorithm."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""How the rows of the table follow from curves."""
+"""The table rows computed from curves."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks import runs, time_to_quality
 
 
-def test_seconds_are_the_sum_of_the_logged_stretches(tmp_path):
+def test_seconds_are_the_sum_of_the_logged_intervals(tmp_path):
     lines = [(10, {"steps_per_second": 5}), (10, {"test_loss": 1}), (40, {"steps_per_second": 10})]
     lines = [json.dumps({"step": step, "task": task, **more}) for step, more in lines for task in "ab"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Checkpoints: the bits of an undisturbed run, whatever is torn, full, read-only or laid out otherwise."""
+"""Checkpoints: bit-identical resume with damaged files, full or read-only disks and other placements."""
 
 import copy
 import errno
@@ -44,7 +44,7 @@ TINY = ModelConfig(name="tiny")
 
 
 class RunConfig(Config):
-    """What a run's config looks like to a checkpoint."""
+    """A stand-in for a run's config."""
 
     seed: int = 0
     episodes: int = M
@@ -135,7 +135,7 @@ def on_ranks(run_ranks):
     return run
 
 
-# Steps after which the run ends and a new one goes on, several for a run that is broken off more than once.
+# Steps after which the run is interrupted and resumed; several for more than one interruption.
 PATTERNS = {
     "at the start": [0],
     "after the first step": [1],
@@ -178,7 +178,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(on_ranks, tmp_path, name):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(on_ranks, tmp_path, name):
     world_size, config = RUNS[name]
     for faults in on_ranks(world_size, all_patterns, tmp_path, config):
         assert faults == {pattern: [] for pattern in PATTERNS}
@@ -202,7 +202,7 @@ def test_with_ordered_reduction_a_run_changes_ranks_and_keeps_its_bits(on_ranks,
     assert differing(merged(1, tmp_path / "moved", STEPS), expected) == []
 
 
-def test_training_goes_on_while_a_checkpoint_of_the_past_is_written(alone, tmp_path, monkeypatch):
+def test_training_continues_while_a_checkpoint_is_written(alone, tmp_path, monkeypatch):
     written = threading.Event()
 
     def slow(path, data):
@@ -296,14 +296,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(alone, two_
         assert ("bytes, expected" in warnings[0]) == (damage in SIZES and name != MANIFEST)
         assert not torn.parent.exists()
         assert torn.parent.with_suffix(".damaged").exists()
-        if name == files[0]:  # the run comes to step 4 again
+        if name == files[0]:  # the run reaches step 4 again
             train(run, until=4)
             assert save(run, wait=True)
             assert load(start(0, 1, tmp_path)) == 4
         shutil.rmtree(tmp_path / "checkpoints")
 
 
-def test_with_no_whole_checkpoint_the_run_does_not_silently_start_anew(alone, two_checkpoints, tmp_path):
+def test_without_a_valid_checkpoint_the_run_does_not_silently_start_from_scratch(alone, two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints[0], tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").glob("*/manifest.json"):
         path.unlink()
@@ -510,7 +510,7 @@ def test_a_folder_that_becomes_read_only_is_one_warning_and_can_still_be_read(al
     assert load(start(0, 1, folder)) == 1
 
 
-def test_the_newest_and_every_so_many_stay(alone, tmp_path):
+def test_keep_and_keep_every(alone, tmp_path):
     config = RunConfig(checkpoint=CheckpointConfig(every_steps=2, keep=2, keep_every=5))
     run = start(0, 1, tmp_path, config)
     due = [step for step in range(1, 16) if run.checkpoints.due(step)]
@@ -521,7 +521,7 @@ def test_the_newest_and_every_so_many_stay(alone, tmp_path):
 
 
 def due_by_the_clock(rank, folder):
-    """The steps that are due, and how often the ranks had to talk about it; their clocks run differently."""
+    """The steps that are due, and how often the ranks communicated about it; their clocks differ."""
     clock, asked = 0.0, 0
 
     def counted(value, original=checkpoint._from_rank_0):

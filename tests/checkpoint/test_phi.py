@@ -1,4 +1,4 @@
-"""phi as a file: whole or not there, nothing executed, and every source of a start by one name."""
+"""phi as a file: atomic writes, checksums, no code execution, and the sources of an initialization."""
 
 import errno
 import hashlib
@@ -120,7 +120,7 @@ def test_a_download_is_compared_with_the_hash_in_its_name(hub, monkeypatch, righ
 
 
 def test_without_a_network_one_line_says_where_to_put_the_file(hub, monkeypatch):
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no server listens there
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setattr(urllib.request, "_opener", None)  # which would remember earlier settings
     with pytest.raises(

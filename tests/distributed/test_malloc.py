@@ -1,4 +1,4 @@
-"""Freed memory, and the processor of a rank that has nothing to do."""
+"""Freed memory is kept; an idle rank yields its core."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The keys precision and deterministic, as far as they show without a GPU."""
+"""The keys precision and deterministic, as far as they can be tested without a GPU."""
 
 import os
 

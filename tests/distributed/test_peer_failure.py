@@ -1,4 +1,4 @@
-"""Lost peers: waiting for a GPU that never finishes, and the roll call."""
+"""Lost peers: waiting for a GPU that never finishes, and the liveness check."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_sigterm_is_handled_while_waiting_and_shortens_it(monkeypatch):
 
 
 def wait_for_a_lost_rank(rank):
-    """What rank 0 raises when its GPU waits for rank 1, which answers no roll call."""
+    """What rank 0 raises when its GPU waits for rank 1, which does not answer the liveness check."""
     peer_failure.ANSWER_SECONDS = 0.2
     error = None
     if rank == 0:
@@ -80,7 +80,7 @@ def test_a_failure_without_a_lost_rank_says_so(run_ranks):
         assert text.startswith("a collective failed although every rank is alive (out of memory); run the same")
 
 
-def test_a_store_that_does_not_answer_bounds_the_roll_call(monkeypatch):
+def test_a_store_that_does_not_answer_bounds_the_liveness_check(monkeypatch):
     class CutOff:
         def compare_set(self, *_):
             threading.Event().wait()

@@ -1,4 +1,4 @@
-"""The planner against all placements that there are, placements by name, and runs on unequal ones."""
+"""The planner against exhaustive search, placements by name, and runs with unequal placements."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def test_equal_tasks_keep_the_even_placement():
         assert plan([3.0] * tasks, world_size, [128] * tasks) == even_assignment(tasks, world_size)
 
 
-def test_a_heavy_task_is_shared_and_light_ones_sit_together():
+def test_a_heavy_task_is_shared_and_light_ones_are_packed():
     assert plan([1, 9, 1, 1], 4, [32] * 4) == ((2,), (0, 1), (3,), (2,))
     assert plan([1, 9, 1, 1], 2, [1] * 4) == ((1,), (0,), (1,), (1,))  # of a batch that cannot be shared
 
@@ -98,7 +98,7 @@ def test_a_placement_by_name_that_does_not_fit_is_refused(mapping, message):
 
 
 def run(rank, tasks, folder, placement="even", reduction="mean", episodes=2):
-    """phi after 10 steps an episode on all four tasks, their seats, the costs behind them, and what is said."""
+    """phi after 10 steps per episode on four tasks, the assignment, the measured costs and the log."""
     config = TrainConfig(
         tasks=["a", "b", "c", "d"], data={"root": tasks}, run_dir=folder, model={"name": "tiny"}, batch_size=8,
         meta_lr=0.5, inner_steps=10, episodes=episodes, reduction=reduction, placement=placement,
@@ -129,7 +129,7 @@ def test_phi_does_not_depend_on_the_placement(run_ranks, tasks, tmp_path):
         torch.testing.assert_close(phi, even, rtol=0, atol=1e-6)
 
 
-def test_a_run_goes_on_on_another_placement(run_ranks, tasks, tmp_path):
+def test_a_run_resumes_on_another_placement(run_ranks, tasks, tmp_path):
     """Ordered, so that a task that has one rank before and after gives the same bits."""
     [(expected, *_)] = run_ranks(1, run, tasks, tmp_path / "undisturbed", "even", "ordered")
     run_ranks(1, run, tasks, tmp_path / "x", "even", "ordered", 1)

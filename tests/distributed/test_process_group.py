@@ -1,4 +1,4 @@
-"""Placement, agreement on errors, and the checks that ranks make of each other."""
+"""Even placement, errors raised on all ranks, and consistency checks between ranks."""
 
 import pytest
 import torch

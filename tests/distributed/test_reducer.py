@@ -1,4 +1,4 @@
-"""The mean over tasks, and the control tail behind it."""
+"""The mean over tasks and the control tail."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from dist_cts.distributed.reducer import MetaReducer
 
 
 class StubLearner:
-    """What the reducer needs of a learner."""
+    """The part of a learner that the reducer uses."""
 
     def __init__(self, task):
         self.task, self.flag = task, torch.zeros(1)
@@ -89,7 +89,7 @@ def test_ranks_at_different_steps_are_noticed(run_ranks):
         assert message.startswith(f"the ranks are out of sync at step {5 + rank}")
 
 
-def test_one_collective_a_step_and_its_bytes_at_64_ranks(monkeypatch):
+def test_one_collective_per_step_and_its_bytes_at_64_ranks(monkeypatch):
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,4 +1,4 @@
-"""The fault that FAULT describes, put into this process if it is the right rank's; once, whatever is restarted.
+"""Injects the fault described in FAULT into this process if the rank matches; once, even after restarts.
 
     {"rank": 1, "step": 17, "act": "kill", "once": PATH, "at": "gradient", "argument": null}
 

@@ -1,4 +1,4 @@
-"""Python runs this at its start where this folder is in PYTHONPATH: ranks of torchrun get their fault here."""
+"""Imported by Python at start-up if this folder is in PYTHONPATH: injects the fault into ranks of torchrun."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""What goes wrong on a cluster, put into real runs at random steps: they end in time, with a line, and lose nothing.
+"""Fault injection into real runs at random steps: they exit in time with a one-line error and lose nothing.
 
-After every fault the same command is given again, and phi has the bits of a run that nothing disturbed. Ranks are
-forked where torchrun itself plays no part. `make faults` runs all of them, `make test` those without the mark.
+After every fault the same command resumes, and phi is bit-identical to that of an uninterrupted run. Ranks are
+forked where torchrun itself is not tested. `make faults` runs all of them, `make test` those without the mark.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.checkpoint.test_checkpoint import DAMAGES
 from tests.helpers.commands import Command, assert_equal, phi
 
 STEPS, SAVE = 30, 4
-LIMIT = 120  # seconds: what takes longer counts as a hang
+LIMIT = 120  # seconds after which a run counts as hanging
 RESTARTS = ["--max-restarts=2", "--shutdown-timeout=5"]
 full = pytest.mark.faults
 pytestmark = pytest.mark.timeout(3 * LIMIT)
@@ -54,7 +54,7 @@ def config(tmp_path, tasks):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tasks):
-    """phi of a run that nothing disturbs; with ordered reduction one process gives the bits of two."""
+    """phi of an uninterrupted run; with ordered reduction one process is bit-identical to two."""
     folder = tmp_path_factory.mktemp("undisturbed")
     command = Command("train.py", "--config", write_config(folder / "small.yaml", tasks, folder), folder=folder)
     code, _, err = command.finish()
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, undisturbed, damag
 
 
 @full
-def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(train, fault, small_disk, tmp_path, undisturbed):
+def test_a_full_disk_skips_writes_and_training_continues(train, fault, small_disk, tmp_path, undisturbed):
     disk = small_disk(2000)
     run, ballast = disk / "run", disk / "ballast"
     codes, err = train(f"run_dir={run}", environment=fault("fill", 0, argument=str(ballast), run=str(run)))
@@ -240,7 +240,7 @@ def test_a_read_only_run_folder_is_one_line(train, small_disk, tmp_path):
 
 
 @full
-def test_the_clock_stops_a_run(train, tmp_path, undisturbed):
+def test_max_minutes_stops_a_run(train, tmp_path, undisturbed):
     codes, err = train("max_minutes=0.01", "episodes=100000", "log_every=1000")
     assert codes == [75, 75]
     stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", err)[1])
@@ -282,7 +282,7 @@ def nodes(port):
 
 @full
 @pytest.mark.parametrize("act", ["kill", "stop"])
-def test_torchrun_restarts_what_lost_a_rank_with_the_bits_of_an_undisturbed_run(
+def test_torchrun_restarts_a_run_that_lost_a_rank_bit_identically(
     torchrun,
     fault,
     tmp_path,
@@ -335,7 +335,7 @@ def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
 @full
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR2", "SIGINT"])
 @pytest.mark.parametrize("to", ["rank 1", "torchrun"])
-def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_same_command_goes_on(
+def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_same_command_resumes(
     start, train, config, tmp_path, number, to
 ):
     keys = ["checkpoint.every_steps=0", "episodes=100000"]
@@ -347,9 +347,7 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_the_same_command_goes_on
     os.kill(command.process.pid if to == "torchrun" else command.processes[1].pid, getattr(signal, number))
     signalled = time.monotonic()
     code, *_ = command.finish(LIMIT)
-    while not (
-        tmp_path / "run" / "stopped"
-    ).exists():  # SIGUSR2 ends torchrun at once, and its ranks stop by themselves
+    while not (tmp_path / "run" / "stopped").exists():  # SIGUSR2 ends torchrun at once; its ranks stop on their own
         assert time.monotonic() < signalled + 30, command.err.read_text()
         time.sleep(0.05)
     assert code == [75, 75] if to == "rank 1" else code != 0
@@ -370,7 +368,7 @@ def test_ctrl_c_twice_ends_a_run_at_once(start, config, fault):
     while "step 5/" not in command.err.read_text():
         assert time.monotonic() < started + 60, command.err.read_text()
         time.sleep(0.05)
-    time.sleep(2)  # rank 0 sleeps in a step, so that the first one cannot be obeyed
+    time.sleep(2)  # rank 0 sleeps in a step, so that the first one cannot be handled
     for _ in range(2):
         os.kill(command.processes[0].pid, signal.SIGINT)
         time.sleep(1.2)
@@ -393,7 +391,7 @@ def test_torchrun_does_not_restart_what_was_asked_to_stop(torchrun, train, fault
 
 
 @full
-def test_a_fresh_run_that_is_restarted_goes_on(torchrun, train, fault, tmp_path, undisturbed):
+def test_a_fresh_run_that_is_restarted_resumes(torchrun, train, fault, tmp_path, undisturbed):
     assert train("episodes=1", "seed=1")[0] == [0, 0]
     environment = fault("kill", step=20)
     code, _, err = torchrun("--fresh", options=["--standalone", *RESTARTS], environment=environment).finish(LIMIT)

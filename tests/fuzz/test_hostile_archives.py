@@ -1,4 +1,4 @@
-"""Tables, arrays and archives of any content, and claims without end; see hostile.py."""
+"""Fuzzed tables, arrays and archives, and headers that claim huge sizes; see hostile.py."""
 
 import gzip
 import io
@@ -88,7 +88,7 @@ def test_any_npy(tmp_path_factory, data):
 
 
 class Touch:
-    """Unpickled, it leaves a file."""
+    """Creates a file when unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch executed",)

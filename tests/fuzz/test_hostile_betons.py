@@ -1,4 +1,4 @@
-"""Prepared tasks whose files say anything; see hostile.py."""
+"""Fuzzed .beton files and manifests; see hostile.py."""
 
 import json
 import shutil

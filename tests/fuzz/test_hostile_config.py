@@ -1,4 +1,4 @@
-"""Configs and suites of any content; see hostile.py."""
+"""Fuzzed configs and suites; see hostile.py."""
 
 import os
 from pathlib import Path

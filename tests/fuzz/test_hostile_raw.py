@@ -1,4 +1,4 @@
-"""Raw data of any content; see hostile.py."""
+"""Fuzzed raw data; see hostile.py."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""The commands of launch/ as a user starts them, and what they leave."""
+"""Runs the commands of launch/ as a user does, and reads their output."""
 
 import json
 import multiprocessing
@@ -23,10 +23,10 @@ GRACE = 10  # seconds between the failure of one forked rank and the end of the 
 
 
 class Command:
-    """A command of launch/ under way.
+    """A running command of launch/.
 
-    By torchrun on `ranks`, with `options`; otherwise as one process, or as the `forked` ranks of a torchrun that stands
-    by and does nothing. Forked processes have torch loaded: they start in milliseconds.
+    By torchrun on `ranks`, with `options`; otherwise as one process, or as `forked` ranks with the environment of a
+    torchrun that does nothing. Forked processes have torch loaded: they start in milliseconds.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Command:
                 failed, deadline = True, min(deadline, time.monotonic() + GRACE)
         if hung := self.running():
             self.kill()
-            hung = not failed  # torchrun kills too what is left after a failure: a rank that is stopped, for one
+            hung = not failed  # like torchrun, kill what is left after a failure, such as a stopped rank
         code = None if self.forked else self.process.wait()
         if self.forked:
             for process in self.processes:
@@ -104,7 +104,7 @@ def _run_script(arguments, environment, out, err):
 
 
 def own_lines(err):
-    """What our program printed, without torchrun's own report."""
+    """The program's own lines, without torchrun's report."""
     return [line for line in err.splitlines() if re.match(r"(error:|step |done|stopped|going on)", line)]
 
 

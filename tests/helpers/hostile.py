@@ -1,8 +1,7 @@
-"""Damaged and hostile files: whatever one holds, reading it gives what it says, or an error of one line that names it.
+"""Damaged and hostile files: reading one returns its content or raises a one-line error that names it.
 
-Nothing is executed, no other exception comes, no wait without end, no memory beyond the file's due, and never another
-label. Not found out, since nothing could tell: a flipped bit of a pixel, of a label in an unpacked IDX file, or of a
-table's text.
+No code execution, no other exception, no hang, no excessive memory, and never a wrong label. Not detectable: a flipped
+bit of a pixel, of a label in an unpacked IDX file, or of a table's text.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""A learner whose loss is 1/2 sum a (theta - c)^2, so that all it does has a closed form."""
+"""A learner whose loss is 1/2 sum a (theta - c)^2, so that everything has a closed form."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def criterion(residual, a):
 
 
 class ListBatches:
-    """(c, a) of each step, the last one for ever."""
+    """(c, a) of each step, the last one repeats."""
 
     def __init__(self, batches):
         self.batches, self.step, self.wait_seconds = batches, 0, 0.0

@@ -1,4 +1,4 @@
-"""The oracle: Algorithms 1 and 2 of the paper, per parameter, in one process, with nothing of dist_cts in it."""
+"""Reference implementation of Algorithms 1 and 2: per parameter, in one process, without code of dist_cts."""
 
 import copy
 from itertools import pairwise
@@ -24,7 +24,7 @@ def loss_of(model, batch):
 
 
 def sgd_step(model, optimizer, batch, head, pull=lambda name, p: 0):
-    """One inner step; gives the point that it left: theta, its loss and its gradient."""
+    """One inner step; returns the point before it: theta, its loss and its gradient."""
     optimizer.zero_grad()
     loss = loss_of(model, batch)
     loss.backward()
@@ -84,7 +84,7 @@ def imaml(model, batch, head, lam, iterations):
 
 
 def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head="fc", **options):
-    """phi: {name: tensor}; models: one a task; batches(task, step) -> (x, y). Returns phi after M episodes.
+    """phi: {name: tensor}; models: one per task; batches(task, step) -> (x, y). Returns phi after M episodes.
 
     options: every, scale, gradient ("fomaml" within an episode), lam, iterations, direction(step) -> {name: tensor}.
     """

@@ -1,4 +1,4 @@
-"""A whole run in this process: broken off at any step, it goes on with the bits of an undisturbed one."""
+"""Runs in this process: interrupted at any step, they resume bit-identically to an uninterrupted run."""
 
 import signal
 
@@ -12,7 +12,7 @@ from dist_cts.run.exit_codes import DONE, STOPPED
 from dist_cts.run.hooks import Hooks
 
 K, M = 5, 3
-# Steps after which the run is stopped and started again, in the order of its starts.
+# Steps after which the run is stopped and resumed, in order.
 PATTERNS = {
     "after the first step": [1],
     "mid-episode": [K + 2],

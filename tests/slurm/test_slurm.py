@@ -1,4 +1,4 @@
-"""The scripts of launch/slurm on a real SLURM: jobs preempted, out of time or on two nodes end with the same bits."""
+"""The scripts of launch/slurm on a real SLURM: preempted, timed-out and two-node jobs give the same bits."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def trains(cluster, job):
 
 
 def assert_went_on(cluster, job, state, undisturbed):
-    """It was requeued once, and went on in the same folder at the step where it had stopped."""
+    """The job was requeued once and resumed in the same folder at the step where it had stopped."""
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     stopped = re.findall(r"stopped at step (\d+) with a checkpoint", cluster.log(job))
     assert len(stopped) == 1, cluster.log(job)
@@ -96,7 +96,7 @@ def assert_went_on(cluster, job, state, undisturbed):
     assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
 
 
-def test_a_preempted_job_goes_on_in_its_folder_with_the_bits_of_an_undisturbed_run(cluster, undisturbed):
+def test_a_preempted_job_resumes_in_its_folder_bit_identically(cluster, undisturbed):
     job = cluster.sbatch(*ONE_NODE, "small.yaml", SLOW="0.05")
     trains(cluster, job)
     urgent = cluster.sbatch("--partition=high", "--nodes=2", "--wrap=true")
@@ -115,7 +115,7 @@ def test_a_job_that_is_preempted_before_its_ranks_listen_is_requeued(cluster, un
     assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
 
 
-def test_a_job_out_of_time_goes_on_with_the_same_bits(cluster, undisturbed):
+def test_a_timed_out_job_resumes_bit_identically(cluster, undisturbed):
     job = cluster.sbatch("--time=60", "--signal=TERM@120", *ONE_NODE, "small.yaml", SLOW="0.05")
     trains(cluster, job)
     run = datetime.now() - datetime.fromisoformat(cluster.job(job)["StartTime"])
@@ -147,7 +147,7 @@ def test_of_an_array_the_stopped_job_alone_is_requeued_and_a_cancelled_one_is_no
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_two_nodes_stop_together_and_go_on_with_the_same_bits(cluster, undisturbed):
+def test_two_nodes_stop_together_and_resume_bit_identically(cluster, undisturbed):
     job = cluster.sbatch(*TWO_NODES, "small.yaml", INTERFACE="lo", SLOW="0.05")
     trains(cluster, job)
     cluster.run("scancel", "--signal=TERM", job)

@@ -126,9 +126,9 @@ def soak(folder: Path, rng: random.Random, kills: int) -> tuple[list[tuple[str, 
             hits.append((victim, run.await_step()))
             time.sleep(rng.uniform(0, 1))
     episodes = run.finish()
-    if launch(folder, episodes, "undisturbed").wait():
+    if launch(folder, episodes, "uninterrupted").wait():
         raise RuntimeError(run.log()[-5000:])
-    phis = [safetensors.torch.load_file(folder / name / "phi.safetensors") for name in ("run", "undisturbed")]
+    phis = [safetensors.torch.load_file(folder / name / "phi.safetensors") for name in ("run", "uninterrupted")]
     return hits, all(torch.equal(phis[0][name], phis[1][name]) for name in phis[0].keys() | phis[1].keys())
 
 

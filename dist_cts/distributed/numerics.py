@@ -8,7 +8,7 @@ import torch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISION_HELP = "of matrix products on a GPU: fp32; tf32; bf16: autocast, with theta, phi and the reduction in fp32"
-DETERMINISTIC_HELP = "on a GPU, use only deterministic kernels; false may be faster"
+DETERMINISTIC_HELP = "on a GPU, use deterministic kernels, warn where none exists; false may be faster"
 
 
 def set_numerics(device: torch.device, precision: Precision, deterministic: bool) -> None:

@@ -143,9 +143,9 @@ def alone():
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_episode_interrupted_after_its_second_step_resumes_bit_identically(alone, case):
-    undisturbed = make_learners(range(T))
-    expected = start(undisturbed)
-    run(case, alone, expected, undisturbed, Progress(K))
+    uninterrupted = make_learners(range(T))
+    expected = start(uninterrupted)
+    run(case, alone, expected, uninterrupted, Progress(K))
 
     before, progress = make_learners(range(T)), Progress(K)
     phi = start(before)

@@ -150,10 +150,10 @@ PATTERNS = {
 
 
 def all_patterns(rank, world_size, folder, config):
-    """For each pattern the tensors that differ from the undisturbed run's."""
-    undisturbed = start(rank, world_size, folder / "undisturbed", config)
-    train(undisturbed)
-    expected, faults = tensors(undisturbed), {}
+    """For each pattern the tensors that differ from the uninterrupted run's."""
+    uninterrupted = start(rank, world_size, folder / "uninterrupted", config)
+    train(uninterrupted)
+    expected, faults = tensors(uninterrupted), {}
     for name, stops in PATTERNS.items():
         for stop in stops:
             run = start(rank, world_size, folder / name, config)
@@ -196,7 +196,7 @@ def test_with_ordered_reduction_a_run_changes_ranks_and_keeps_its_bits(on_ranks,
     def merged(world_size, folder, until):
         return {n: t for state in on_ranks(world_size, one_part, folder, until) for n, t in state.items()}
 
-    expected = merged(1, tmp_path / "undisturbed", STEPS)
+    expected = merged(1, tmp_path / "uninterrupted", STEPS)
     for world_size, until in ((4, 2), (1, K + 3), (2, 2 * K)):
         merged(world_size, tmp_path / "moved", until)
     assert differing(merged(1, tmp_path / "moved", STEPS), expected) == []

@@ -131,7 +131,7 @@ def test_phi_does_not_depend_on_the_placement(run_ranks, tasks, tmp_path):
 
 def test_a_run_resumes_on_another_placement(run_ranks, tasks, tmp_path):
     """Ordered, so that a task that has one rank before and after gives the same bits."""
-    [(expected, *_)] = run_ranks(1, run, tasks, tmp_path / "undisturbed", "even", "ordered")
+    [(expected, *_)] = run_ranks(1, run, tasks, tmp_path / "uninterrupted", "even", "ordered")
     run_ranks(1, run, tasks, tmp_path / "x", "even", "ordered", 1)
     for phi, assignment, *_ in run_ranks(2, run, tasks, tmp_path / "x", SHARED | {"b": [0], "c": [1]}, "ordered"):
         assert assignment == ((1,), (0,), (1,), (1,))

@@ -53,9 +53,9 @@ def config(tmp_path, tasks):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tasks):
+def uninterrupted(tmp_path_factory, tasks):
     """phi of an uninterrupted run; with ordered reduction one process is bit-identical to two."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     command = Command("train.py", "--config", write_config(folder / "small.yaml", tasks, folder), folder=folder)
     code, _, err = command.finish()
     assert code == 0, err
@@ -99,7 +99,9 @@ def errors(err):
         ),
     ],
 )
-def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(train, fault, tmp_path, undisturbed, act, rank):
+def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(
+    train, fault, tmp_path, uninterrupted, act, rank
+):
     environment = fault(act, rank)
     step = json.loads(environment["FAULT"])["step"]
     codes, err = train("timeout_seconds=8", environment=environment)
@@ -112,41 +114,41 @@ def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(train, fa
     codes, err = train()
     assert codes == [0, 0], err
     assert "resuming from checkpoint at step " in err
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
 @pytest.mark.parametrize(("rank", "file"), [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)])
 def test_a_rank_killed_in_the_middle_of_any_file_of_a_checkpoint_loses_nothing(
-    train, fault, tmp_path, undisturbed, rank, file
+    train, fault, tmp_path, uninterrupted, rank, file
 ):
     codes, err = train(environment=fault("kill", rank, at="file", step=file, run=None))
     assert codes[rank] == -signal.SIGKILL, err
     assert train()[0] == [0, 0]
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
-def test_a_rank_killed_while_the_thetas_are_tested_loses_nothing(train, fault, tmp_path, undisturbed):
+def test_a_rank_killed_while_the_thetas_are_tested_loses_nothing(train, fault, tmp_path, uninterrupted):
     codes, err = train("eval_every=5", environment=fault("kill", 1, at="test", step=15))
     assert codes == [1, -signal.SIGKILL]
     assert "rank 1 (task b), in step 15, died" in err
     assert train("eval_every=5")[0] == [0, 0]
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
-def test_a_stop_of_one_rank_stops_all_at_the_same_step(train, fault, tmp_path, undisturbed):
+def test_a_stop_of_one_rank_stops_all_at_the_same_step(train, fault, tmp_path, uninterrupted):
     codes, err = train("checkpoint.every_steps=0", environment=fault("term", run=None))
     assert codes == [75, 75], err
     assert re.search(r"stopped at step \d+ with a checkpoint", err)
     codes, err = train("checkpoint.every_steps=0")
     assert codes == [0, 0]
     assert "resuming from" in err
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @pytest.mark.parametrize("act", [pytest.param("nan", marks=full), "inf"])
-def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path, undisturbed, act):
+def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path, uninterrupted, act):
     environment = fault(act)
     step = json.loads(environment["FAULT"])["step"]
     codes, err = train(environment=environment)
@@ -154,7 +156,7 @@ def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path
     assert len(errors(err)) == 1, err
     assert f"error: step {step}: the update of task b is not finite; phi does not contain it" in err
     assert train()[0] == [0, 0]
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
     (tmp_path / "once").unlink()
     codes, err = train("nonfinite=skip", f"run_dir={tmp_path / 'skip'}", environment=environment)
     assert codes == [0, 0], err
@@ -163,16 +165,16 @@ def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path
 
 
 @full
-def test_a_straggler_delays_and_changes_nothing(train, fault, tmp_path, undisturbed):
+def test_a_straggler_delays_and_changes_nothing(train, fault, tmp_path, uninterrupted):
     codes, err = train("checkpoint.every_steps=0", environment=fault("sleep", argument=5, run=None))
     assert codes == [0, 0], err
     assert errors(err) == []
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
 @pytest.mark.parametrize("act", ["truncate", "flip", "loader"])
-def test_a_loader_that_fails_or_whose_file_changes_is_named(train, fault, tmp_path, tasks, undisturbed, act):
+def test_a_loader_that_fails_or_whose_file_changes_is_named(train, fault, tmp_path, tasks, uninterrupted, act):
     shutil.copytree(tasks, tmp_path / "tasks")
     beton = tmp_path / "tasks" / "b" / "train.beton"
     content = beton.read_bytes()
@@ -190,12 +192,12 @@ def test_a_loader_that_fails_or_whose_file_changes_is_named(train, fault, tmp_pa
         assert f"error: rank 1: {beton}: " in err
     beton.write_bytes(content)
     assert train(*keys)[0] == [0, 0]
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
 @pytest.mark.parametrize("damage", ["half", "a bit in the middle"])
-def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, undisturbed, damage):
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, uninterrupted, damage):
     for files in range(4):
         folder = tmp_path / f"run-{files}"
         keys = [f"run_dir={folder}", "checkpoint={every_steps: 4, keep: 9}"]
@@ -206,11 +208,11 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, undisturbed, damag
         codes, err = train(*keys)
         assert codes == [0, 0]
         assert f"skipping a damaged checkpoint: {torn}" in err
-        assert_equal(phi(folder), undisturbed)
+        assert_equal(phi(folder), uninterrupted)
 
 
 @full
-def test_a_full_disk_skips_writes_and_training_continues(train, fault, small_disk, tmp_path, undisturbed):
+def test_a_full_disk_skips_writes_and_training_continues(train, fault, small_disk, tmp_path, uninterrupted):
     disk = small_disk(2000)
     run, ballast = disk / "run", disk / "ballast"
     codes, err = train(f"run_dir={run}", environment=fault("fill", 0, argument=str(ballast), run=str(run)))
@@ -226,7 +228,7 @@ def test_a_full_disk_skips_writes_and_training_continues(train, fault, small_dis
     assert err.count(full_disk) == 1, err
     ballast.unlink()
     assert train(f"run_dir={run}")[0] == [0, 0]
-    assert_equal(phi(run), undisturbed)
+    assert_equal(phi(run), uninterrupted)
 
 
 @full
@@ -240,7 +242,7 @@ def test_a_read_only_run_folder_is_one_line(train, small_disk, tmp_path):
 
 
 @full
-def test_max_minutes_stops_a_run(train, tmp_path, undisturbed):
+def test_max_minutes_stops_a_run(train, tmp_path, uninterrupted):
     codes, err = train("max_minutes=0.01", "episodes=100000", "log_every=1000")
     assert codes == [75, 75]
     stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", err)[1])
@@ -286,7 +288,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_bit_identically(
     torchrun,
     fault,
     tmp_path,
-    undisturbed,
+    uninterrupted,
     act,
 ):
     options = {"options": ["--standalone", *RESTARTS], "environment": fault(act)}
@@ -295,12 +297,12 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_bit_identically(
     assert len(errors(err)) == 1
     assert "error: rank 1 (task b), in step " in err
     assert "resuming from checkpoint at step " in err
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_nodes_restart_when_either_loses_a_rank(torchrun, fault, tmp_path, undisturbed, port, rank):
+def test_two_nodes_restart_when_either_loses_a_rank(torchrun, fault, tmp_path, uninterrupted, port, rank):
     options = {"ranks": 1, "environment": fault("kill", rank)}
     agents = [torchrun(options=nodes(port), **options) for _ in range(2)]
     ends = [agent.finish(LIMIT) for agent in agents]
@@ -308,7 +310,7 @@ def test_two_nodes_restart_when_either_loses_a_rank(torchrun, fault, tmp_path, u
     assert [code for code, *_ in ends] == [0, 0], err
     assert f"error: rank {rank} (task {'ab'[rank]}), in step " in err
     assert "resuming from checkpoint at step " in err
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
@@ -317,7 +319,7 @@ def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
     train,
     fault,
     tmp_path,
-    undisturbed,
+    uninterrupted,
 ):
     command = torchrun("checkpoint.every_steps=0", environment=fault("kill the agent", run=None))
     assert command.finish(LIMIT)[0] == -signal.SIGKILL
@@ -329,7 +331,7 @@ def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
     codes, err = train("checkpoint.every_steps=0")
     assert codes == [0, 0], err
     assert "resuming from checkpoint at step " in err
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
@@ -380,29 +382,29 @@ def test_ctrl_c_twice_ends_a_run_at_once(start, config, fault):
 
 
 @full
-def test_torchrun_does_not_restart_what_was_asked_to_stop(torchrun, train, fault, tmp_path, undisturbed):
+def test_torchrun_does_not_restart_what_was_asked_to_stop(torchrun, train, fault, tmp_path, uninterrupted):
     command = torchrun(options=["--standalone", *RESTARTS], environment=fault("term"))
     code, _, err = command.finish(LIMIT)
     assert code != 0
     assert len(re.findall(r"stopped at step \d+ with a checkpoint", err)) == 1, err
     assert "resuming from" not in err
     assert train()[0] == [0, 0]
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
-def test_a_fresh_run_that_is_restarted_resumes(torchrun, train, fault, tmp_path, undisturbed):
+def test_a_fresh_run_that_is_restarted_resumes(torchrun, train, fault, tmp_path, uninterrupted):
     assert train("episodes=1", "seed=1")[0] == [0, 0]
     environment = fault("kill", step=20)
     code, _, err = torchrun("--fresh", options=["--standalone", *RESTARTS], environment=environment).finish(LIMIT)
     assert code == 0, err
     assert "resuming from checkpoint at step " in err
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
     assert {path.name for path in tmp_path.glob("run*")} == {"run", "run.1"}
 
 
 @full
-def test_a_rendezvous_port_that_is_taken_ends_torchrun_and_harms_nothing(torchrun, train, tmp_path, undisturbed):
+def test_a_rendezvous_port_that_is_taken_ends_torchrun_and_harms_nothing(torchrun, train, tmp_path, uninterrupted):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -411,4 +413,4 @@ def test_a_rendezvous_port_that_is_taken_ends_torchrun_and_harms_nothing(torchru
     assert code == 1
     assert re.search(r"EADDRINUSE|address already in use", err)
     assert train()[0] == [0, 0]
-    assert_equal(phi(tmp_path / "run"), undisturbed)
+    assert_equal(phi(tmp_path / "run"), uninterrupted)

@@ -70,10 +70,10 @@ def assert_same(seen, expected):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_resumed_run_has_every_tensor_and_the_next_100_batches_of_an_undisturbed_one(
+def test_a_resumed_run_has_every_tensor_and_the_next_100_batches_of_an_uninterrupted_one(
     train, config, tmp_path, pattern
 ):
-    code, expected = train(config.model_copy(update={"run_dir": tmp_path / "undisturbed"}))
+    code, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     assert code == DONE
     for stop in PATTERNS[pattern]:
         assert train(config, stop)[0] == STOPPED
@@ -83,7 +83,7 @@ def test_a_resumed_run_has_every_tensor_and_the_next_100_batches_of_an_undisturb
 
 
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):
-    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "undisturbed"}))
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     evaluate = Hooks.evaluate
 
     def signalled(self):

@@ -61,12 +61,12 @@ def cluster(tmp_path_factory, tasks):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster):
+def uninterrupted(cluster):
     """phi of the same run without SLURM."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "launch/train.py"]
-    command += ["--config", "small.yaml", "run_dir=runs/undisturbed"]
+    command += ["--config", "small.yaml", "run_dir=runs/uninterrupted"]
     subprocess.run(command, cwd=cluster.work, env=cluster.environment, check=True, timeout=100, capture_output=True)
-    return phi(cluster, "undisturbed")
+    return phi(cluster, "uninterrupted")
 
 
 def phi(cluster, run):
@@ -85,7 +85,7 @@ def trains(cluster, job):
     assert state["JobState"] == "RUNNING", cluster.log(job)
 
 
-def assert_went_on(cluster, job, state, undisturbed):
+def assert_went_on(cluster, job, state, uninterrupted):
     """The job was requeued once and resumed in the same folder at the step where it had stopped."""
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     stopped = re.findall(r"stopped at step (\d+) with a checkpoint", cluster.log(job))
@@ -93,29 +93,29 @@ def assert_went_on(cluster, job, state, undisturbed):
     assert 0 < int(stopped[0]) < STEPS
     assert re.findall(r"resuming from checkpoint at step (\d+)", cluster.log(job)) == stopped
     assert not (cluster.work / "runs" / f"slurm-{job}" / "stopped").exists()
-    assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
+    assert_same_bits(phi(cluster, f"slurm-{job}"), uninterrupted)
 
 
-def test_a_preempted_job_resumes_in_its_folder_bit_identically(cluster, undisturbed):
+def test_a_preempted_job_resumes_in_its_folder_bit_identically(cluster, uninterrupted):
     job = cluster.sbatch(*ONE_NODE, "small.yaml", SLOW="0.05")
     trains(cluster, job)
     urgent = cluster.sbatch("--partition=high", "--nodes=2", "--wrap=true")
     # As soon as the ranks have stopped, not at the end of the grace.
     assert cluster.finish(urgent, timeout=GRACE / 2)["JobState"] == "COMPLETED"
-    assert_went_on(cluster, job, cluster.finish(job), undisturbed)
+    assert_went_on(cluster, job, cluster.finish(job), uninterrupted)
 
 
-def test_a_job_that_is_preempted_before_its_ranks_listen_is_requeued(cluster, undisturbed):
+def test_a_job_that_is_preempted_before_its_ranks_listen_is_requeued(cluster, uninterrupted):
     job = cluster.sbatch(*ONE_NODE, "small.yaml", DEAF="180")
     cluster.wait(job, lambda: f"{job}.0" in cluster.run("squeue", "-hs", "-j", job, "-o", "%i"))
     cluster.sbatch("--partition=high", "--nodes=2", "--wrap=true")
     state = cluster.finish(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert "stopped at step" not in cluster.log(job)
-    assert_same_bits(phi(cluster, f"slurm-{job}"), undisturbed)
+    assert_same_bits(phi(cluster, f"slurm-{job}"), uninterrupted)
 
 
-def test_a_timed_out_job_resumes_bit_identically(cluster, undisturbed):
+def test_a_timed_out_job_resumes_bit_identically(cluster, uninterrupted):
     job = cluster.sbatch("--time=60", "--signal=TERM@120", *ONE_NODE, "small.yaml", SLOW="0.05")
     trains(cluster, job)
     run = datetime.now() - datetime.fromisoformat(cluster.job(job)["StartTime"])
@@ -123,7 +123,7 @@ def test_a_timed_out_job_resumes_bit_identically(cluster, undisturbed):
     cluster.run("scontrol", "update", f"JobId={job}", time_is_up_in_two_minutes)
     cluster.wait(job, lambda: cluster.job(job)["Restarts"] == "1")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    assert_went_on(cluster, job, cluster.finish(job), undisturbed)
+    assert_went_on(cluster, job, cluster.finish(job), uninterrupted)
 
 
 def test_of_an_array_the_stopped_job_alone_is_requeued_and_a_cancelled_one_is_not(cluster):
@@ -147,13 +147,13 @@ def test_of_an_array_the_stopped_job_alone_is_requeued_and_a_cancelled_one_is_no
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_two_nodes_stop_together_and_resume_bit_identically(cluster, undisturbed):
+def test_two_nodes_stop_together_and_resume_bit_identically(cluster, uninterrupted):
     job = cluster.sbatch(*TWO_NODES, "small.yaml", INTERFACE="lo", SLOW="0.05")
     trains(cluster, job)
     cluster.run("scancel", "--signal=TERM", job)
     state = cluster.finish(job)
     assert state["NumNodes"] == "2"
-    assert_went_on(cluster, job, state, undisturbed)
+    assert_went_on(cluster, job, state, uninterrupted)
     environment = json.loads((cluster.work / "runs" / f"slurm-{job}" / "environment.json").read_text())
     assert environment["world_size"] == 2
 

@@ -1,4 +1,4 @@
-"""A task learner: one task's body, head, batches and inner optimizer."""
+"""A task learner: body, head, batches, inner optimizer and schedule, and what each episode resets."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from dist_cts.checkpoint.files import (
 )
 from dist_cts.config import Config
 from dist_cts.distributed.placement import Placement
-from dist_cts.distributed.process_group import raise_on_all_ranks
+from dist_cts.distributed.process_group import from_rank_0, gather, raise_on_all_ranks
 from dist_cts.flat import load_named
 from dist_cts.state import TrainState
 
@@ -44,7 +43,6 @@ MAY_DIFFER = (
 )
 _FILES = TypeAdapter(dict[str, StoredFile])
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class CheckpointConfig(Config):
@@ -112,7 +110,7 @@ class CheckpointManager:
         passed = time.monotonic() - self._saved_at
         left = 60 * self.config.every_minutes - passed
         ahead = int(left / 2 / passed * (step - self._saved_step))
-        due, self._next_look = _from_rank_0((left <= 0, step + max(1, ahead)))
+        due, self._next_look = from_rank_0((left <= 0, step + max(1, ahead)))
         return due
 
     def save(self, state: TrainState, config: Config, wait: bool = False) -> bool:
@@ -130,7 +128,7 @@ class CheckpointManager:
         self._saved_at, self._saved_step, self._next_look = time.monotonic(), step, step + 1
         states: dict[str, State] = {task_file(learner.name): learner.state_dict() for learner in learners}
         layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in learners}
-        ranks = _from_all(_Report(self._busy(), self.newest, uuid.uuid4().hex[:8]))
+        ranks = gather(_Report(self._busy(), self.newest, uuid.uuid4().hex[:8]))
         if ranks[0].newest == step:
             return True
         if any(rank.busy for rank in ranks):
@@ -155,10 +153,10 @@ class CheckpointManager:
 
         The ranks exchange messages while waiting, so that a slow disk does not look like a lost rank.
         """
-        while any(_from_all(self._busy())):
+        while any(gather(self._busy())):
             if self._thread is not None:
                 self._thread.join(0.1)
-        self.newest = _from_rank_0(self.newest)
+        self.newest = from_rank_0(self.newest)
         return self.newest
 
     def load_newest(self, state: TrainState, config: Config, may_differ: Sequence[str] = MAY_DIFFER) -> int | None:
@@ -174,7 +172,7 @@ class CheckpointManager:
             ValueError: there are checkpoints but none is valid, or the config or the model does not fit them.
         """
         damaged: list[Path] = []
-        for step in reversed(_from_rank_0(self.steps() if self.placement.rank == 0 else [])):
+        for step in reversed(from_rank_0(self.steps() if self.placement.rank == 0 else [])):
             path = self.folder / step_folder(step)
             states = self._read(path, state, config, may_differ)
             if states is None:
@@ -204,7 +202,7 @@ class CheckpointManager:
             states = {name: read_state(path / name, manifest) for name in names}
         except (OSError, ValueError) as error:
             fault = str(error)
-        if faults := [fault for fault in _from_all(fault) if fault]:
+        if faults := [fault for fault in gather(fault) if fault]:
             self.warn(f"skipping a damaged checkpoint: {faults[0]}")
             return None
         with raise_on_all_ranks():
@@ -307,15 +305,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _from_all(value: T) -> list[T]:
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_rank_0(value: T) -> T:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 from dist_cts.distributed.malloc import keep_freed_memory
 from dist_cts.errors import RunError
 from dist_cts.flat import FlatLayout
+
+T = TypeVar("T")
 
 
 def select_device(name: str) -> torch.device:
@@ -108,6 +111,20 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
     return mine
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """A block that raises an error of any rank on all ranks, so that none waits for a failed one.
@@ -122,8 +139,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as caught:
         error = caught
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    errors = gather(error)
     failed = [rank for rank, other in enumerate(errors) if other is not None]
     if not failed:
         return
@@ -138,12 +154,10 @@ def check_layouts(layout: FlatLayout) -> None:
     Raises:
         ValueError: two ranks differ; the message names both and the first differing tensor.
     """
-    prints: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(prints, layout.fingerprint())
+    prints = gather(layout.fingerprint())
     if len(set(prints)) == 1:
         return
-    lines: list[list[str]] = [[] for _ in prints]
-    dist.all_gather_object(lines, layout.lines())
+    lines = gather(layout.lines())
     other = next(rank for rank, print_ in enumerate(prints) if print_ != prints[0])
     mine, theirs = lines[0], lines[other]
     for index in range(max(len(mine), len(theirs))):
@@ -158,9 +172,7 @@ def check_same_bits(vector: Tensor, step: int) -> None:
     Raises:
         RunError: a rank differs; the message names it.
     """
-    mine = hashlib.sha256(vector.cpu().numpy().tobytes()).hexdigest()
-    hashes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hashes, mine)
+    hashes = gather(hashlib.sha256(vector.cpu().numpy().tobytes()).hexdigest())
     for rank, other in enumerate(hashes):
         if other != hashes[0]:
             raise RunError(

@@ -1,4 +1,4 @@
-"""The one collective per meta-update: the mean meta-gradient over tasks, followed by a control tail."""
+"""The all-reduce: one collective per meta-update with the mean meta-gradient and a control tail."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_cts.atomic import replace_file
 from dist_cts.data.beton import read_manifest
 from dist_cts.distributed.balance import Costs
-from dist_cts.distributed.process_group import raise_on_all_ranks
+from dist_cts.distributed.process_group import from_rank_0, raise_on_all_ranks
 from dist_cts.learner import TaskLearner
 from dist_cts.run.build import build_learner
 from dist_cts.run.config import TrainConfig
@@ -26,16 +26,15 @@ def shared_costs(config: TrainConfig, device: torch.device, fresh: bool = False)
     Raises:
         ValueError, FileNotFoundError: a prepared task is missing.
     """
-    costs: list[dict[str, float]] = [{}]
+    costs: dict[str, float] = {}
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             file = config.run_dir / STEP_SECONDS
             if file.exists() and not fresh:
-                costs[0] = json.loads(file.read_text())
-            if costs[0].keys() != set(config.task_names):
-                costs[0] = _measure(config, device)
-    dist.broadcast_object_list(costs, src=0)
-    return costs[0]
+                costs = json.loads(file.read_text())
+            if costs.keys() != set(config.task_names):
+                costs = _measure(config, device)
+    return from_rank_0(costs)
 
 
 def keep_costs(config: TrainConfig, costs: Costs) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import torch.distributed as dist
 
 from dist_cts import config
 from dist_cts.atomic import remove_leftovers
 from dist_cts.checkpoint.phi import SNAPSHOTS
 from dist_cts.config import Config
 from dist_cts.distributed.numerics import numerics
+from dist_cts.distributed.process_group import gather
 
 PACKAGES = ("dist_cts", "torch", "torchvision", "numpy", "ffcv")
 STOPPED = "stopped"  # marks exit code 75, which torchrun turns into 1; the batch scripts check it
@@ -74,10 +74,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 def restarted() -> bool:
     """Whether torchrun or SLURM has restarted any rank; gathered, because an agent counts only failures on its node."""
-    mine = any(os.environ.get(key, "0") != "0" for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    everywhere = [mine] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    return any(everywhere)
+    counts = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
+    return any(gather(any(os.environ.get(key, "0") != "0" for key in counts)))
 
 
 def describe_run(folder: Path, resolved: Config, device: torch.device, world_size: int) -> None:

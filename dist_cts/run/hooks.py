@@ -2,16 +2,15 @@
 
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-
-import torch.distributed as dist
 
 from dist_cts.algorithms.table import Algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
 from dist_cts.checkpoint.phi import SNAPSHOTS, export_phi
 from dist_cts.data.batches import open_task, test_batches
 from dist_cts.distributed.placement import Placement
-from dist_cts.distributed.process_group import check_same_bits
+from dist_cts.distributed.process_group import check_same_bits, gather
 from dist_cts.distributed.reducer import Control, MetaReducer
 from dist_cts.errors import RunError
 from dist_cts.run.config import TrainConfig
@@ -88,9 +87,7 @@ class Hooks:
                 source = open_task(config.data.root / learner.name, "test", config.data, self.state.phi.device)
                 batches = test_batches(source, config.batch_size, config.data)
                 results.append((learner.name, *learner.evaluate(batches)))
-        gathered: list[list] = [[] for _ in range(self.placement.world_size)]
-        dist.all_gather_object(gathered, results)
-        for result in (result for results in gathered for result in results):
+        for result in chain.from_iterable(gather(results)):
             self.metrics.log_test(self.state.progress, *result)
 
     def check_phi(self) -> None:

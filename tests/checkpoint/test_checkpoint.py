@@ -524,13 +524,13 @@ def due_by_the_clock(rank, folder):
     """The steps that are due, and how often the ranks communicated about it; their clocks differ."""
     clock, asked = 0.0, 0
 
-    def counted(value, original=checkpoint._from_rank_0):
+    def counted(value, original=checkpoint.from_rank_0):
         nonlocal asked
         asked += 1
         return original(value)
 
     checkpoint.time = SimpleNamespace(monotonic=lambda: clock, sleep=time.sleep)
-    checkpoint._from_rank_0 = counted
+    checkpoint.from_rank_0 = counted
     run = start(rank, 2, folder, RunConfig(checkpoint=CheckpointConfig(every_steps=0, every_minutes=1)))
     due = []
     for step in range(1, 401):

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     x, y = trajectory.phi[-1].tolist()
     print(
         f"{args.out / 'trajectory.json'}: phi ({x:.4f}, {y:.4f}) after {len(trajectory.phi) - 1} meta-updates and "
-        f"{trajectory.inner_gradient_steps[-1]} inner-gradient steps a task; mean loss after {TEST_STEPS} steps "
+        f"{trajectory.inner_gradient_steps[-1]} inner-gradient steps per task; mean loss after {TEST_STEPS} steps "
         f"{last:.4f}, from the start {first:.4f}"
     )
     return DONE

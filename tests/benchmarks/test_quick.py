@@ -13,6 +13,7 @@ from tests.helpers.commands import ROOT
 
 
 def many_tasks(results):
+    assert (results["precision"], results["channels_last"]) == ("bf16", True)
     assert set(results["seconds_per_round"]) == {"1", "4"}
     for seconds in results["seconds_per_round"].values():
         assert set(seconds) == {"eager", "ours"}
@@ -63,7 +64,8 @@ def storage(results):
 
 
 def step_times(results):
-    (result,) = results.values()
+    assert results["settings"] == {"precision": "fp32", "channels_last": False, "deterministic": True}
+    (result,) = results["cases"].values()
     assert set(result["seconds_per_step"]) == {"cts", "sgd", "ddp", "released"}
     for name, seconds in result["seconds_per_step"].items():
         assert len(seconds) == len(result["cpu_seconds_per_step"][name]) >= 3
@@ -72,7 +74,7 @@ def step_times(results):
 
 
 BENCHMARKS = {
-    "many_tasks": (many_tasks, ()),
+    "many_tasks": (many_tasks, ("--precision", "bf16", "--channels-last")),
     "placement": (placement, ()),
     "scaling": (scaling, ()),
     "loader": (loaders, ()),

@@ -176,8 +176,8 @@ def on_ranks(
 ) -> Any:
     """Runs function(device, *args) on `world_size` ranks of one process group and returns rank 0's result.
 
-    `numerics` are set for all ranks and this process. One rank runs in this process. Under torchrun the existing ranks run it, and ranks above 0 get None. CPU ranks share
-    this machine's cores.
+    `numerics` are set for all ranks and this process. One rank runs in this process. Under torchrun the existing ranks
+    run it, and ranks above 0 get None. CPU ranks share this machine's cores.
     """
     apply(numerics, device)  # here, too: the results say what was set
     if "RANK" in os.environ or world_size == 1:

@@ -73,6 +73,15 @@ def step_times(results):
     assert all(result["seconds_of_parts"][part] > 0 for part in ("forward, backward", "wait", "all-reduce", "shift"))
 
 
+def step_trace(results):
+    (found,) = results["tasks"].values()
+    assert all(value > 0 for value in (*found["kernels"].values(), *found["busy_ms"].values(), found["step_ms"]))
+    assert 0 < found["meta_update_share"] < 1
+    assert 0 < found["meta_update_share_of_host"] < 1
+    assert 0 <= found["idle_share"] < 1
+    assert found["by_kernel"]
+
+
 BENCHMARKS = {
     "many_tasks": (many_tasks, ("--precision", "bf16", "--channels-last")),
     "placement": (placement, ()),
@@ -80,14 +89,15 @@ BENCHMARKS = {
     "loader": (loaders, ()),
     "storage": (storage, ("--workers", "1")),
     "start_up": (start_up, ()),
+    "step_trace": (step_trace, ()),
     "time_to_quality": (time_to_quality, ()),
 }
 SLOW = ("start_up", "time_to_quality")  # they start the commands of launch/
 
 
 def results_in(folder, name):
-    """The results in the one file that a benchmark has written."""
-    (path,) = folder.iterdir()
+    """The results in the one dated file that a benchmark has written."""
+    (path,) = folder.glob("20??-??-??-*.json")
     record = json.loads(path.read_text())
     assert path.name == f"{record['date'][:10]}-{name.replace('_', '-')}.json"
     assert record["command"].startswith("python ")

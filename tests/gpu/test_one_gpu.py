@@ -1,7 +1,7 @@
 """On one GPU: the CPU's results, no waiting inside a step, the same bits after a resume.
 
-`pytest -m gpu tests/gpu` needs PyTorch, pytest and what `dist_cts` imports, but not FFCV. With GPU_TESTS_DEVICE=cpu they run
-on the CPU, which shows that they work.
+`pytest -m gpu tests/gpu` needs PyTorch, pytest and what `dist_cts` imports, but not FFCV. GPU_TESTS_DEVICE=cpu runs the
+tests on the CPU, which shows that they work.
 """
 
 import os

@@ -88,7 +88,7 @@ demo() {
 # A run that is stopped and resumed must be bit-identical to an uninterrupted one.
 resume() {
     local settings=("tasks=[digits,shapes]" episodes=20) code=0
-    if [ ! -d "$DATA" ]; then prepare; fi
+    if [ ! -d "$DATA/digits" ] || [ ! -d "$DATA/shapes" ]; then prepare; fi
     train "run_dir=$RESULTS/whole" "${settings[@]}"
     train "run_dir=$RESULTS/resumed" "${settings[@]}" max_minutes=0.03 || code=$?
     if [ "$code" != 75 ]; then

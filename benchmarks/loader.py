@@ -33,8 +33,8 @@ loaders, each with --workers threads (torchvision: processes), shuffling, taking
   streamed     ours, decoded by FFCV and augmented on the device
   resident     ours, gathered from device memory and augmented there
   torchvision  ImageFolder of the same images as PNG, and DataLoader
-The first two need FFCV. Ratios are to the first of the measured loaders. The first batch is timed in a separate process,
-starting before the file is opened and FFCV imported. CPU time includes all threads and workers of one rank.
+The first two need FFCV. Ratios are to the first of the measured loaders. The first batch is timed in a separate
+process, starting before the file is opened and FFCV imported. CPU time includes all threads and workers of one rank.
 
   python benchmarks/loader.py --data data/tasks/tiny-imagenet-0-100
 """

@@ -1,12 +1,14 @@
 """Shared by the benchmarks: random tasks, learners on them, the same step in plain PyTorch, and starting ranks."""
 
+import argparse
 import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.data.batches import DataConfig, TaskBatches
+from dist_cts.distributed.numerics import PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.placement import Placement, place
 from dist_cts.distributed.process_group import process_group, select_device
 from dist_cts.distributed.reducer import MetaReducer
@@ -52,23 +55,67 @@ class Noise:
         """Nothing to close."""
 
 
-def make_batches(noise: Noise, batch_size: int) -> TaskBatches:
+@dataclass(frozen=True)
+class Numerics:
+    """What every competitor computes with: the keys of the same names in a run's configuration, with their defaults."""
+
+    precision: Precision = "fp32"
+    channels_last: bool = False
+    deterministic: bool = True
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """--precision, --channels-last and --no-deterministic."""
+        parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help=PRECISION_HELP)
+        parser.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
+        parser.add_argument(
+            "--no-deterministic",
+            action="store_true",
+            help="allow a GPU's nondeterministic kernels, for every competitor",
+        )
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Numerics":
+        """What the command line says."""
+        return cls(args.precision, args.channels_last, not args.no_deterministic)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of matrix products where it is not that of the weights."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+DEFAULT = Numerics()
+
+
+def make_batches(noise: Noise, batch_size: int, numerics: Numerics = DEFAULT) -> TaskBatches:
     """Augmented batches, as in a run."""
-    return TaskBatches(noise, 0, batch_size, DataConfig())
+    return TaskBatches(noise, 0, batch_size, DataConfig(), channels_last=numerics.channels_last)
 
 
-def make_learner(noise: Noise, model: str, batch_size: int) -> TaskLearner:
-    """A learner, built as in a run."""
+def make_model(noise: Noise, model: str, numerics: Numerics = DEFAULT) -> tuple[nn.Module, str]:
+    """The model on the device, and the name of its head."""
     module, head = models.build(ModelConfig(name=model), noise.manifest.classes, 0)
-    return TaskLearner("noise", module.to(noise.device), head, make_batches(noise, batch_size), INNER)
+    return module.to(noise.device, memory_format=numerics.memory_format), head
+
+
+def make_learner(noise: Noise, model: str, batch_size: int, numerics: Numerics = DEFAULT) -> TaskLearner:
+    """A learner, built as in a run."""
+    batches = make_batches(noise, batch_size, numerics)
+    return TaskLearner("noise", *make_model(noise, model, numerics), batches, INNER, autocast=numerics.autocast)
 
 
 class PlainTask:
-    """The same model, data and SGD in plain PyTorch: one tensor per parameter, no communication."""
+    """The same model, data, precision and SGD in plain PyTorch: one tensor per parameter, no communication."""
 
-    def __init__(self, noise: Noise, model: str, batch_size: int) -> None:
-        self.batches = make_batches(noise, batch_size)
-        self.model = models.build(ModelConfig(name=model), noise.manifest.classes, 0)[0].to(noise.device)
+    def __init__(self, noise: Noise, model: str, batch_size: int, numerics: Numerics = DEFAULT) -> None:
+        self.batches = make_batches(noise, batch_size, numerics)
+        self.model, self.numerics = make_model(noise, model, numerics)[0], numerics
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=INNER.lr, momentum=INNER.momentum, weight_decay=INNER.weight_decay, fused=True
         )
@@ -76,7 +123,10 @@ class PlainTask:
     def step(self) -> None:
         images, labels = self.batches.next()
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(images), labels).backward()
+        autocast = self.numerics.autocast
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            outputs = self.model(images)
+        nn.functional.cross_entropy(outputs.float(), labels).backward()
         self.optimizer.step()
 
 
@@ -121,12 +171,15 @@ def share_cores(world_size: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
 
 
-def on_ranks(world_size: int, device: str, function: Callable[..., Any], *args: Any) -> Any:
+def on_ranks(
+    world_size: int, device: str, function: Callable[..., Any], *args: Any, numerics: Numerics = DEFAULT
+) -> Any:
     """Runs function(device, *args) on `world_size` ranks of one process group and returns rank 0's result.
 
-    One rank runs in this process. Under torchrun the existing ranks run it, and ranks above 0 get None. CPU ranks share
-    this machine's cores.
+    `numerics` are set for all ranks and this process. One rank runs in this process. Under torchrun the existing ranks
+    run it, and ranks above 0 get None. CPU ranks share this machine's cores.
     """
+    apply(numerics, device)  # here, too: the results say what was set
     if "RANK" in os.environ or world_size == 1:
         with process_group(picked := select_device(device), 120):
             result = function(picked, *args)
@@ -136,19 +189,32 @@ def on_ranks(world_size: int, device: str, function: Callable[..., Any], *args: 
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world_size, port, device, Path(folder), function, args)
+        arguments = (world_size, port, device, Path(folder), numerics, function, args)
         torch.multiprocessing.start_processes(_rank, arguments, nprocs=world_size, start_method="forkserver")
         return torch.load(Path(folder) / "result.pt", weights_only=False)
 
 
+def apply(numerics: Numerics, device: str) -> None:
+    """Sets this process's flags, before it uses the device and joins a process group."""
+    set_numerics(torch.device(device), numerics.precision, numerics.deterministic)
+
+
 def _rank(
-    rank: int, world_size: int, port: int, device: str, folder: Path, function: Callable[..., Any], args: tuple
+    rank: int,
+    world_size: int,
+    port: int,
+    device: str,
+    folder: Path,
+    numerics: Numerics,
+    function: Callable[..., Any],
+    args: tuple,
 ) -> None:
     """One rank, with the environment that torchrun would set."""
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in here.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     share_cores(world_size)
+    apply(numerics, device)
     with process_group(picked := select_device(device), 120):
         result = function(picked, *args)
         if rank == 0:

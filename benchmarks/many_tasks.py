@@ -1,5 +1,6 @@
 """T tasks on one device: dist_cts in one process against a plain loop over T modules; see --help."""
 
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -18,14 +19,20 @@ With --world-size, each rank has T tasks.
 
 
 def measure(
-    device: torch.device, model: str, batch_size: int, pixels: int, counts: list[int], rounds: int
+    device: torch.device,
+    model: str,
+    batch_size: int,
+    pixels: int,
+    counts: list[int],
+    rounds: int,
+    numerics: learners.Numerics,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each round by number of tasks a rank and competitor; run on every rank."""
     results, ranks = {}, dist.get_world_size()
     noise = learners.Noise(device, pixels=pixels)
     for count in counts:
-        plain = [learners.PlainTask(noise, model, batch_size) for _ in range(count)]
-        own = [learners.make_learner(noise, model, batch_size) for _ in range(count)]
+        plain = [learners.PlainTask(noise, model, batch_size, numerics) for _ in range(count)]
+        own = [learners.make_learner(noise, model, batch_size, numerics) for _ in range(count)]
         steps = {"eager": partial(one_by_one, plain), "ours": learners.MetaTraining(own, count * ranks).step}
         competitors = {name: partial(learners.finish, device, step) for name, step in steps.items()}
         results[str(count)] = report.alternate(competitors, rounds, warm_up=2)
@@ -46,11 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="T (default 1 2 4 8 16)")
     parser.add_argument("--rounds", type=int, default=15)
+    learners.Numerics.add_arguments(parser)
     args = parser.parse_args(arguments)
+    numerics = learners.Numerics.of(args)
     if args.quick:
         args.model, args.batch_size, args.pixels, args.tasks, args.rounds = "tiny", 8, 16, [1, 4], 3
+    shape = (args.model, args.batch_size, args.pixels)
     results = learners.on_ranks(
-        args.world_size, args.device, measure, args.model, args.batch_size, args.pixels, args.tasks, args.rounds
+        args.world_size, args.device, measure, *shape, args.tasks, args.rounds, numerics, numerics=numerics
     )
     if results is None:
         return  # torchrun's ranks above 0
@@ -60,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         rates = {name: [images / value for value in values] for name, values in seconds.items()}
         row = {"tasks": tasks} | {f"{name}, images/s": report.shown(report.spread(rates[name])) for name in rates}
         rows.append(row | {"ours / eager": report.shown(report.ratio(rates["ours"], rates["eager"]))})
-    settings = {"model": args.model, "batch_size": args.batch_size, "pixels": args.pixels}
+    settings = {"model": args.model, "batch_size": args.batch_size, "pixels": args.pixels, **asdict(numerics)}
     results = settings | {"seconds_per_round": results}
     report.publish("many-tasks", results, rows, args, args.device, args.world_size)
 

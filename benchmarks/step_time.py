@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from unittest import mock
 
@@ -23,7 +23,7 @@ A round ends when the last rank is done. CPU time is that of rank 0, all its thr
 measured apart, with a barrier before the all-reduce: what the barrier takes is `wait`.
 
   python benchmarks/step_time.py --world-size 2
-  torchrun --nproc_per_node=8 benchmarks/step_time.py --device cuda
+  torchrun --nproc_per_node=8 benchmarks/step_time.py --device cuda --precision bf16 --channels-last
 """
 CASES = ["resnet20/128/32", "resnet20/8/32", "resnet18/32/32", "resnet18/4/32"]
 BLOCK = 2  # steps of a competitor in a round
@@ -52,13 +52,16 @@ class Released(learners.PlainTask):
             p += self.phi[name] - before[name]
 
 
-def measure(noise: learners.Noise, model: str, batch_size: int, seconds: float) -> dict:
+def measure(
+    noise: learners.Noise, model: str, batch_size: int, seconds: float, numerics: learners.Numerics = learners.DEFAULT
+) -> dict:
     """Seconds a step of every competitor, a value a round, and of the parts of a CTS step; run on every rank."""
     device = noise.device
-    plain, ddp = (learners.PlainTask(noise, model, batch_size) for _ in range(2))
+    plain, ddp = (learners.PlainTask(noise, model, batch_size, numerics) for _ in range(2))
     ddp.model = DistributedDataParallel(ddp.model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    released = Released(noise, model, batch_size)
-    cts = learners.MetaTraining([learners.make_learner(noise, model, batch_size)], dist.get_world_size())
+    released = Released(noise, model, batch_size, numerics)
+    learner = learners.make_learner(noise, model, batch_size, numerics)
+    cts = learners.MetaTraining([learner], dist.get_world_size())
     steps = {"cts": cts.step, "sgd": plain.step, "ddp": ddp.step, "released": released.step}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -135,13 +138,13 @@ def parts(cts: learners.MetaTraining, device: torch.device, steps: int = 10) -> 
     return dict(zip(order, (seconds / dist.get_world_size() / steps).tolist(), strict=True))
 
 
-def measure_all(device: torch.device, cases: list[str], seconds: float) -> dict[str, dict]:
+def measure_all(device: torch.device, cases: list[str], seconds: float, numerics: learners.Numerics) -> dict[str, dict]:
     """`measure` of every MODEL/BATCH/PIXELS."""
     results = {}
     for case in cases:
         model, batch_size, pixels = case.split("/")
         noise = learners.Noise(device, pixels=int(pixels))
-        results[case] = measure(noise, model, int(batch_size), seconds)
+        results[case] = measure(noise, model, int(batch_size), seconds, numerics)
     return results
 
 
@@ -151,10 +154,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--world-size", type=int, default=2, help="ranks to start, unless torchrun has (default 2)")
     parser.add_argument("--cases", nargs="+", default=CASES, help=f"MODEL/BATCH/PIXELS (default {' '.join(CASES)})")
     parser.add_argument("--seconds", type=float, default=60, help="to spend on a case (default %(default)s)")
+    learners.Numerics.add_arguments(parser)
     args = parser.parse_args(arguments)
+    numerics = learners.Numerics.of(args)
     if args.quick:
         args.cases, args.seconds = ["tiny/8/16"], 1
-    results = learners.on_ranks(args.world_size, args.device, measure_all, args.cases, args.seconds)
+    results = learners.on_ranks(
+        args.world_size, args.device, measure_all, args.cases, args.seconds, numerics, numerics=numerics
+    )
     if results is None:
         return  # torchrun's ranks above 0
     rows, parts_rows = [], []
@@ -170,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         split = {name: 1e3 * value for name, value in result["seconds_of_parts"].items()}
         parts_rows.append({"ms of a cts step": case, **split})
     print(report.table(parts_rows), end="\n\n")
+    results = {"settings": asdict(numerics), "cases": results}
     report.publish("step-time", results, rows, args, args.device, args.world_size)
 
 

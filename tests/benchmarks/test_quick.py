@@ -13,6 +13,7 @@ from tests.helpers.commands import ROOT
 
 
 def many_tasks(results):
+    assert (results["precision"], results["channels_last"]) == ("bf16", True)
     assert set(results["seconds_per_round"]) == {"1", "4"}
     for seconds in results["seconds_per_round"].values():
         assert set(seconds) == {"eager", "ours"}
@@ -63,7 +64,8 @@ def storage(results):
 
 
 def step_times(results):
-    (result,) = results.values()
+    assert results["settings"] == {"precision": "fp32", "channels_last": False, "deterministic": True}
+    (result,) = results["cases"].values()
     assert set(result["seconds_per_step"]) == {"cts", "sgd", "ddp", "released"}
     for name, seconds in result["seconds_per_step"].items():
         assert len(seconds) == len(result["cpu_seconds_per_step"][name]) >= 3
@@ -71,21 +73,31 @@ def step_times(results):
     assert all(result["seconds_of_parts"][part] > 0 for part in ("forward, backward", "wait", "all-reduce", "shift"))
 
 
+def step_trace(results):
+    (found,) = results["tasks"].values()
+    assert all(value > 0 for value in (*found["kernels"].values(), *found["busy_ms"].values(), found["step_ms"]))
+    assert 0 < found["meta_update_share"] < 1
+    assert 0 < found["meta_update_share_of_host"] < 1
+    assert 0 <= found["idle_share"] < 1
+    assert found["by_kernel"]
+
+
 BENCHMARKS = {
-    "many_tasks": (many_tasks, ()),
+    "many_tasks": (many_tasks, ("--precision", "bf16", "--channels-last")),
     "placement": (placement, ()),
     "scaling": (scaling, ()),
     "loader": (loaders, ()),
     "storage": (storage, ("--workers", "1")),
     "start_up": (start_up, ()),
+    "step_trace": (step_trace, ()),
     "time_to_quality": (time_to_quality, ()),
 }
 SLOW = ("start_up", "time_to_quality")  # they start the commands of launch/
 
 
 def results_in(folder, name):
-    """The results in the one file that a benchmark has written."""
-    (path,) = folder.iterdir()
+    """The results in the one dated file that a benchmark has written."""
+    (path,) = folder.glob("20??-??-??-*.json")
     record = json.loads(path.read_text())
     assert path.name == f"{record['date'][:10]}-{name.replace('_', '-')}.json"
     assert record["command"].startswith("python ")

@@ -46,8 +46,8 @@ benchmark() {
     "$PYTHON" "benchmarks/$1.py" --device "$DEVICE" --out "$RESULTS" $QUICK "${@:2}"
 }
 
-step_time() { benchmark step_time --world-size 1 --cases resnet20/128/32 resnet18/128/64 resnet18/128/224 --seconds 15 "$@"; }
-many_tasks() { benchmark many_tasks --model resnet20 --batch-size 128 --tasks 1 2 4 8 "$@"; }
+step_time() { benchmark step_time $GRAPH --world-size 1 --cases resnet20/128/32 resnet18/128/64 resnet18/128/224 --seconds 15 "$@"; }
+many_tasks() { benchmark many_tasks $GRAPH --model resnet20 --batch-size 128 --tasks 1 2 4 8 "$@"; }
 trace() { benchmark step_trace --model resnet20 --tasks 1 8 "$@"; }
 
 loader() {
@@ -162,7 +162,8 @@ OUT=$(realpath "$OUT")
 DATA=$(realpath -m "${DATA:-$OUT/data}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 END=$((SECONDS + 60 * MINUTES - 10)) # the last step may take 10 s to be killed
-export OUT DEVICE QUICK DATA PYTHON=${PYTHON:-python3} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+GRAPH=$([ "$DEVICE" = cuda ] && echo --graph)
+export OUT DEVICE QUICK GRAPH DATA PYTHON=${PYTHON:-python3} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export -f tests benchmark step_time many_tasks trace loader launch prepare train demo resume
 
 : >"$OUT/summary.txt"

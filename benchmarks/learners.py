@@ -93,6 +93,15 @@ class Numerics:
 DEFAULT = Numerics()
 
 
+def parse_graph(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The parsed arguments, --graph among them."""
+    parser.add_argument("--graph", action="store_true", help="also time CTS with step=graph, on a GPU")
+    args = parser.parse_args(arguments)
+    if args.graph and args.device != "cuda":
+        parser.error(f"--graph needs --device cuda, not {args.device}")
+    return args
+
+
 def make_batches(noise: Noise, batch_size: int, numerics: Numerics = DEFAULT) -> TaskBatches:
     """Augmented batches, as in a run."""
     return TaskBatches(noise, 0, batch_size, DataConfig(), channels_last=numerics.channels_last)

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import learners, report
+from dist_cts.step_graph import use_graphs
 
 EPILOG = """\
 competitors, all on the same model, images, augmentation, batch size, fused SGD and threads, taking turns:
   cts       the loop of dist_cts: one flat vector, one all-reduce of phi - theta a step, theta and phi shifted
   sgd       plain PyTorch on every rank, nothing exchanged
   ddp       plain PyTorch under DistributedDataParallel (gradient_as_bucket_view, no broadcast of batch-norm statistics)
+  graph     with --graph: cts, its inner steps as CUDA graphs
   released  CTS tensor by tensor, as the paper's released code does it: clone, cat, all-reduce, copy back
 A round ends when the last rank is done. CPU time is that of rank 0, all its threads. The parts of a CTS step are
 measured apart, with a barrier before the all-reduce: what the barrier takes is `wait`.
@@ -53,7 +55,12 @@ class Released(learners.PlainTask):
 
 
 def measure(
-    noise: learners.Noise, model: str, batch_size: int, seconds: float, numerics: learners.Numerics = learners.DEFAULT
+    noise: learners.Noise,
+    model: str,
+    batch_size: int,
+    seconds: float,
+    numerics: learners.Numerics = learners.DEFAULT,
+    graph: bool = False,
 ) -> dict:
     """Seconds a step of every competitor, a value a round, and of the parts of a CTS step; run on every rank."""
     device = noise.device
@@ -63,6 +70,10 @@ def measure(
     learner = learners.make_learner(noise, model, batch_size, numerics)
     cts = learners.MetaTraining([learner], dist.get_world_size())
     steps = {"cts": cts.step, "sgd": plain.step, "ddp": ddp.step, "released": released.step}
+    if graph:
+        graphed = learners.make_learner(noise, model, batch_size, numerics)
+        use_graphs([graphed])
+        steps["graph"] = learners.MetaTraining([graphed], dist.get_world_size()).step
     cpu: dict[str, list[float]] = {name: [] for name in steps}
 
     def block(name: str) -> None:
@@ -138,13 +149,15 @@ def parts(cts: learners.MetaTraining, device: torch.device, steps: int = 10) -> 
     return dict(zip(order, (seconds / dist.get_world_size() / steps).tolist(), strict=True))
 
 
-def measure_all(device: torch.device, cases: list[str], seconds: float, numerics: learners.Numerics) -> dict[str, dict]:
+def measure_all(
+    device: torch.device, cases: list[str], seconds: float, numerics: learners.Numerics, graph: bool
+) -> dict[str, dict]:
     """`measure` of every MODEL/BATCH/PIXELS."""
     results = {}
     for case in cases:
         model, batch_size, pixels = case.split("/")
         noise = learners.Noise(device, pixels=int(pixels))
-        results[case] = measure(noise, model, int(batch_size), seconds, numerics)
+        results[case] = measure(noise, model, int(batch_size), seconds, numerics, graph)
     return results
 
 
@@ -155,12 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, help=f"MODEL/BATCH/PIXELS (default {' '.join(CASES)})")
     parser.add_argument("--seconds", type=float, default=60, help="to spend on a case (default %(default)s)")
     learners.Numerics.add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = learners.parse_graph(parser, arguments)
     numerics = learners.Numerics.of(args)
     if args.quick:
         args.cases, args.seconds = ["tiny/8/16"], 1
     results = learners.on_ranks(
-        args.world_size, args.device, measure_all, args.cases, args.seconds, numerics, numerics=numerics
+        args.world_size, args.device, measure_all, args.cases, args.seconds, numerics, args.graph, numerics=numerics
     )
     if results is None:
         return  # torchrun's ranks above 0

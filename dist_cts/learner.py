@@ -128,6 +128,7 @@ class TaskLearner:
         # Inner steps, loss, accuracy and non-finite updates, summed on the device since the last reduction.
         self.counters = torch.zeros(4, device=self.theta.device)
         self._one = torch.ones((), device=self.theta.device)
+        self.graphed_step: Callable[[], None] | None = None  # set by step_graph.py
 
     @property
     def theta(self) -> Tensor:
@@ -155,7 +156,10 @@ class TaskLearner:
 
     def inner_step(self, observe: Observe | None = None) -> None:
         """theta <- theta - alpha grad L(theta) on the next batch, body and head together (Algorithm 2, line 9)."""
-        self.step_on(self.next_batch(), observe)
+        if self.graphed_step is not None:
+            self.graphed_step()
+        else:
+            self.step_on(self.next_batch(), observe)
 
     def step_on(self, batch: tuple[Tensor, Tensor], observe: Observe | None = None) -> None:
         """An inner step on `batch`, counted. Work of the device alone: a CUDA graph may record it."""

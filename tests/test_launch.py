@@ -123,6 +123,7 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
         (["init=ResNet18_Weights.BEST"], 2, "torchvision has no weights ResNet18_Weights.BEST; see"),
         (["model.name=vgg"], 2, "model.name='vgg': choose one of resnet20"),
         (["tasks=[a, nothere]"], 2, "nothere/train.beton: file not found"),
+        (["step=graph"], 2, "step=graph needs a GPU, the device is cpu; set step=eager"),
         (["tasks=[{name: a, classes: 7}]"], 2, "task a: the config says 7 classes, "),
         (["tasks=[a, a]"], 2, "tasks: duplicate task name 'a' in a, a"),
         (["inner.lr=1e30"], 1, "the update of task a, b, c, d is not finite"),

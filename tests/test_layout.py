@@ -12,7 +12,7 @@ FLOORS = (
     ("atomic", "config", "errors", "flat", "progress", "seeds"),
     ("data", "learner", "models"),
     ("algorithms", "data.prepare", "distributed", "state"),
-    ("checkpoint", "meta_train"),
+    ("checkpoint", "meta_train", "step_graph"),
     ("run", "synthetic"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

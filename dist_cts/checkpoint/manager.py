@@ -38,7 +38,7 @@ PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
 # Keys that may differ in a resumed run: duration, location, logging, retention. A section name covers all its keys.
 MAY_DIFFER = (
     *("episodes", "run_dir", "device", "deterministic", "placement", "timeout_seconds", "max_minutes", "nonfinite"),
-    *("loss_limit", "checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root"),
+    *("step", "loss_limit", "checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root"),
     *("data.cache", "data.resident_limit_gib", "data.workers", "data.verify"),
 )
 _FILES = TypeAdapter(dict[str, StoredFile])

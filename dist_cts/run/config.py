@@ -47,6 +47,10 @@ class TrainConfig(Config):
     precision: Precision = Field("fp32", description=PRECISION_HELP)
     deterministic: bool = Field(True, description=DETERMINISTIC_HELP)
     channels_last: bool = Field(False, description="memory format of images and weights")
+    step: Literal["eager", "graph"] = Field(
+        "eager", description="graph: inner steps as CUDA graphs, for small networks; not yet measured on a GPU"
+    )
+    compile: bool = Field(False, description="compile the model with torch.compile; changes the last bits of phi")
     placement: Literal["even", "auto"] | dict[str, list[int]] = Field(
         "even",
         description="tasks on ranks: even: deterministic; auto: by step times measured at the first start; "

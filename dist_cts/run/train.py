@@ -34,6 +34,7 @@ from dist_cts.run.hooks import Hooks, export
 from dist_cts.run.metrics import Metrics
 from dist_cts.run.shutdown import StopRequest, stop_requests
 from dist_cts.state import TrainState
+from dist_cts.step_graph import check_graphs, use_graphs
 
 
 def train(config: TrainConfig, fresh: bool = False) -> int:
@@ -67,6 +68,8 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
             )
             assignment = choose_assignment(config, costs, dist.get_world_size())
             placement = Placement(assignment, dist.get_world_size(), dist.get_rank())
+            if config.step == "graph":
+                check_graphs(algorithm, placement, device)
             learners = build_learners(config, placement, device)
             lock = folder.claim(config.run_dir, fresh) if placement.rank == 0 else nullcontext()
         liveness.describe = lambda ranks: (
@@ -75,6 +78,10 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
         group = data_group(placement, backend_timeout(device, config.timeout_seconds))
         for learner in learners:
             learner.data_group, learner.model = group, convert_sync_batch_norm(learner.model, group)
+            if config.compile:
+                learner.model.compile()
+        if config.step == "graph":
+            use_graphs(learners)
         layout = learners[0].flat.body_layout
         check_layouts(layout)
         state = TrainState(initial_phi(config, layout, device), layout, learners, progress)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import learners, step_time
+from benchmarks import learners, many_tasks, step_time
 from dist_cts.distributed.process_group import process_group
 
 CPU = torch.device("cpu")
@@ -38,3 +38,10 @@ def test_a_second_counts_once():
     watch.watch("outer", lambda: (time.sleep(0.02), inner()))()
     assert watch.seconds["inner"] >= 0.05
     assert 0.02 <= watch.seconds["outer"] < 0.05
+
+
+@pytest.mark.parametrize("benchmark", [step_time, many_tasks])
+def test_a_graph_needs_a_gpu(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--graph"])
+    assert "--graph needs --device cuda, not cpu" in capsys.readouterr().err

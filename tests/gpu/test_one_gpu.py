@@ -27,6 +27,7 @@ from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.run.config import TrainConfig
 from dist_cts.state import TrainState
+from dist_cts.step_graph import use_graphs
 
 CPU, DEVICE = torch.device("cpu"), torch.device(os.environ.get("GPU_TESTS_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -128,6 +129,18 @@ def test_no_step_waits_for_the_gpu(algorithm):
         train(state, 6, algorithm)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has no CUDA graphs")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("algorithm", ["cts", "reptile", "fomaml"])
+def test_steps_as_graphs_have_the_bits_of_eager_ones(algorithm, size, options):
+    eager, graphed = (make_state([make_learner(task, size=size, **options) for task in range(2)]) for _ in range(2))
+    use_graphs(graphed.learners)
+    train(eager, 15, algorithm)
+    train(graphed, 15, algorithm)
+    assert_same(graphed, eager)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -118,3 +118,11 @@ def test_temporary_files_of_a_killed_run_are_removed_at_the_next_start(train, co
         path.write_bytes(b"half")
     assert train(config)[0] == DONE
     assert not any(path.exists() for path in leftovers)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_the_plain_one(train, config, tmp_path):
+    config = config.model_copy(update={"tasks": config.tasks[:1], "episodes": 1})
+    _, plain = train(config)
+    _, compiled = train(config.model_copy(update={"compile": True, "run_dir": tmp_path / "compiled"}))
+    torch.testing.assert_close(compiled["phi"], plain["phi"], rtol=0, atol=1e-5)

@@ -38,10 +38,7 @@ def test_the_shift_leaves_phi_minus_theta_as_it_was():
 
 def test_reset_takes_the_body_alone_unless_told_otherwise():
     changed = {}
-    for name, reset in {
-        "paper": ResetConfig(),
-        "all": ResetConfig(head=True, optimizer=True, statistics=True),
-    }.items():
+    for name, reset in {"paper": ResetConfig(), "all": ResetConfig(head=True, optimizer=True, statistics=True)}.items():
         learner = make(reset=reset)
         fresh = state(learner)
         for _ in range(3):
@@ -107,8 +104,7 @@ def test_every_example_counts_in_an_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("multi-step", [1, 1, 1, 1, 0.2, 0.2, 0.2, 0.04, 0.04, 0.008]), ("constant", [1] * 10)],
+    ("name", "expected"), [("multi-step", [1, 1, 1, 1, 0.2, 0.2, 0.2, 0.04, 0.04, 0.008]), ("constant", [1] * 10)]
 )
 def test_schedules(name, expected):
     learner = make(0, InnerConfig(lr=1.0))

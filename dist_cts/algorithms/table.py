@@ -83,11 +83,7 @@ def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:
     inside = ("shift_every", "meta_gradient", "gradient_batch")
     return {
         "cts": Algorithm(
-            gradient,
-            every,
-            partial(shifts.continual, scale=scale),
-            evaluations=cost,
-            takes=(*inside, "shift_scale"),
+            gradient, every, partial(shifts.continual, scale=scale), evaluations=cost, takes=(*inside, "shift_scale")
         ),
         "no_shifting": Algorithm(gradient, every, evaluations=cost, takes=inside),
         "random_shifting": Algorithm(
@@ -98,13 +94,7 @@ def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:
             takes=(*inside, "shift_scale"),
         ),
         "accurate": Algorithm(
-            gradient,
-            every,
-            shifts.exact,
-            begin=shifts.begin_exact,
-            evaluations=cost,
-            replays=True,
-            takes=inside,
+            gradient, every, shifts.exact, begin=shifts.begin_exact, evaluations=cost, replays=True, takes=inside
         ),
         "reptile": Algorithm(meta_gradients.reptile, None),
         "fomaml": Algorithm(fomaml, None, evaluations=1, takes=("gradient_batch",)),

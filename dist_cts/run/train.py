@@ -90,12 +90,7 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
 
 
 def _run(
-    config: TrainConfig,
-    state: TrainState,
-    algorithm: Algorithm,
-    placement: Placement,
-    costs: Costs,
-    stop: StopRequest,
+    config: TrainConfig, state: TrainState, algorithm: Algorithm, placement: Placement, costs: Costs, stop: StopRequest
 ) -> int:
     """Resumes, runs Algorithm 2 with the hooks after every step, and exports phi."""
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)

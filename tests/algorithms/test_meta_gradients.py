@@ -81,9 +81,7 @@ def test_imaml_divides_the_gradient_by_one_plus_curvature_over_lambda(damping):
 def test_imaml_with_its_proximal_term_is_the_true_gradient_of_the_adapted_loss():
     options = IMAMLConfig(lam=0.7, cg_iterations=5)
     learner, phi = episode(
-        300,
-        begin=meta_gradients.begin_imaml,
-        observe=lambda learner: meta_gradients.observe_imaml(learner, options),
+        300, begin=meta_gradients.begin_imaml, observe=lambda learner: meta_gradients.observe_imaml(learner, options)
     )
     w = START.clone().requires_grad_()
     solution = (A * C + 0.7 * w) / (A + 0.7)  # argmin of L + lambda/2 ||theta - phi||^2

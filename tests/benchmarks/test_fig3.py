@@ -27,10 +27,7 @@ def closed_form(hessian, deltas, k, momentum, decay):
     eye, curvature = torch.eye(N, dtype=torch.float64), hessian + decay * torch.eye(N, dtype=torch.float64)
     # velocity <- momentum velocity + curvature theta; theta <- theta - alpha velocity
     step = torch.cat(
-        [
-            torch.cat([eye - ALPHA * curvature, -ALPHA * momentum * eye], 1),
-            torch.cat([curvature, momentum * eye], 1),
-        ]
+        [torch.cat([eye - ALPHA * curvature, -ALPHA * momentum * eye], 1), torch.cat([curvature, momentum * eye], 1)]
     )
     power = torch.linalg.matrix_power
     return sum(((power(step, k) - power(step, k - i))[:N, :N] @ deltas[i - 1] for i in range(1, k)), torch.zeros(N))

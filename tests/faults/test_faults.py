@@ -284,13 +284,7 @@ def nodes(port):
 
 @full
 @pytest.mark.parametrize("act", ["kill", "stop"])
-def test_torchrun_restarts_a_run_that_lost_a_rank_bit_identically(
-    torchrun,
-    fault,
-    tmp_path,
-    uninterrupted,
-    act,
-):
+def test_torchrun_restarts_a_run_that_lost_a_rank_bit_identically(torchrun, fault, tmp_path, uninterrupted, act):
     options = {"options": ["--standalone", *RESTARTS], "environment": fault(act)}
     code, _, err = torchrun("timeout_seconds=8", **options).finish(LIMIT)
     assert code == 0, err
@@ -314,13 +308,7 @@ def test_two_nodes_restart_when_either_loses_a_rank(torchrun, fault, tmp_path, u
 
 
 @full
-def test_without_torchrun_the_ranks_stop_with_a_checkpoint(
-    torchrun,
-    train,
-    fault,
-    tmp_path,
-    uninterrupted,
-):
+def test_without_torchrun_the_ranks_stop_with_a_checkpoint(torchrun, train, fault, tmp_path, uninterrupted):
     command = torchrun("checkpoint.every_steps=0", environment=fault("kill the agent", run=None))
     assert command.finish(LIMIT)[0] == -signal.SIGKILL
     deadline = time.monotonic() + 60

@@ -17,9 +17,8 @@ from dist_cts.learner import TaskLearner
 
 WARM_UP = 3  # eager steps before the capture: they create the momentum and let libraries choose kernels and workspaces
 
-Record = Callable[
-    [Callable[[], None]], Callable[[], object]
-]  # captures some work without running it; returns its replay
+# Captures some work without running it; returns its replay.
+Record = Callable[[Callable[[], None]], Callable[[], object]]
 
 
 def record_cuda_graph(work: Callable[[], None]) -> Callable[[], object]:
@@ -31,27 +30,38 @@ def record_cuda_graph(work: Callable[[], None]) -> Callable[[], object]:
 
 
 class StepGraph:
-    """A learner's inner steps: the first ones eager, the others by replaying one graph."""
+    """A learner's inner steps: the first ones eager, the others by replaying one graph.
+
+    `load_state_dict` replaces the optimizer state, which the graph would miss: the learner then warms up and is
+    recorded again. The learning rate is part of the graph.
+    """
 
     def __init__(self, learner: TaskLearner, record: Record = record_cuda_graph) -> None:
         self.learner, self.record = learner, record
         self.taken = 0
         self.inputs: tuple[Tensor, ...] = ()
         self.replay: Callable[[], object] | None = None
+        self.states: list[Tensor | None] = []  # of the optimizer; held, so that no other tensor gets their ids
 
     def step(self) -> None:
         """One inner step on the learner's next batch."""
         batch = self.learner.next_batch()
+        if [*map(id, self._optimizer_states())] != [*map(id, self.states)]:
+            self.taken, self.replay = 0, None
         if self.taken < WARM_UP:
             self.taken += 1
-            return self.learner.step_on(batch)
+            self.learner.step_on(batch)
+            self.states = self._optimizer_states()
+            return
         if self.replay is None:
             self.inputs = tuple(tensor.clone() for tensor in batch)
             self.replay = self.record(partial(self.learner.step_on, self.inputs))
         for static, tensor in zip(self.inputs, batch, strict=True):
             static.copy_(tensor)
         self.replay()
-        return None
+
+    def _optimizer_states(self) -> list[Tensor | None]:
+        return list(self.learner.optimizer.state[self.learner.parameter].values())
 
 
 def use_graphs(learners: Sequence[TaskLearner]) -> None:

@@ -1,6 +1,8 @@
 """step=graph on a CPU: a recorder in place of CUDA graphs replays the operations of a step into the same memory."""
 
 import copy
+from contextlib import nullcontext
+from itertools import count
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
 from dist_cts.state import TrainState
-from dist_cts.step_graph import WARM_UP, StepGraph, check_graphs
+from dist_cts.step_graph import WARM_UP, StepGraph, check_graphs, use_graphs
 from tests.helpers.batches import MemoryBatches
 
 M, K, TASKS = 3, 5, 2
@@ -172,3 +174,43 @@ def test_the_inputs_stay_where_they_are_and_the_first_steps_are_eager(alone):
 def test_what_cannot_be_a_graph_is_refused_with_the_reason(algorithm, assignment, device, message):
     with pytest.raises(ValueError, match=message):
         check_graphs(ALGORITHMS[algorithm], Placement(assignment, 4, 0), torch.device(device))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_state_that_is_loaded_between_replays_is_recorded_again(optimizer):
+    inner = InnerConfig(optimizer=optimizer, lr=0.05)
+    eager, graphed = start(inner).learners[0], start(inner).learners[0]
+    graphed.graphed_step = StepGraph(graphed, recorder(graphed, tapes := [])).step
+    for learner in (eager, graphed):
+        with torch.no_grad():
+            for _ in range(2):
+                for _ in range(WARM_UP + 4):
+                    learner.inner_step()
+                learner.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert len(tapes) == 2
+    for name, tensor in graphed.state_dict().items():
+        assert torch.equal(tensor, eager.state_dict()[name]), name
+
+
+class Stream:
+    """Notes for whom it waits."""
+
+    def __init__(self, name, waits):
+        self.name, self.waits = name, waits
+
+    def wait_stream(self, other):
+        self.waits.append((self.name, other.name))
+
+
+def test_the_learners_streams_fork_from_the_main_stream_and_join_it(monkeypatch):
+    events, numbers = [], count(1)
+    main = Stream("main", events)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(next(numbers), events))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(events.append(stream.name)))
+    learners = start(InnerConfig()).learners
+    use_graphs(learners)
+    with torch.no_grad():
+        for learner in learners:
+            learner.inner_step()
+    assert events == [(1, "main"), (2, "main"), 1, 2, ("main", 1), ("main", 2)]

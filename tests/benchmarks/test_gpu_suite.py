@@ -19,7 +19,7 @@ def run_suite(out, *arguments, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_every_step_passes_on_a_cpu(tmp_path):
     done = run_suite(tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr

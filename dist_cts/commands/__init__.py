@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         parser = argparse.ArgumentParser(
             prog="dist-cts",
             description="Distributed large-scale meta-learning with continual trajectory shifting.",
-            epilog="`dist-cts COMMAND --help` tells more. On N ranks: torchrun --nproc_per_node=N -m dist_cts COMMAND ...",
+            epilog="Options: dist-cts COMMAND --help. On N ranks: torchrun --nproc_per_node=N -m dist_cts COMMAND",
         )
         commands = parser.add_subparsers(metavar="COMMAND", required=True)
         for name, help in COMMANDS.items():

@@ -101,7 +101,8 @@ class TrainConfig(Config):
     def with_run_dir(self, file: Path | None = None) -> "TrainConfig":
         """This configuration with its default run folder filled in: runs/ + the path of `file` below configs/.
 
-        configs/ is the package's or the one in the working directory. For a file elsewhere, runs/ + its name; without a file, runs/ + the algorithm.
+        configs/ is the package's or the one in the working directory. For a file elsewhere, runs/ + its name; without
+        a file, runs/ + the algorithm.
         """
         if self.run_dir is not None:
             return self

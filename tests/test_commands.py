@@ -75,7 +75,7 @@ def test_train_draws_the_demo_once_for_all_ranks_and_plot_draws_the_run(run, tmp
 def test_the_commands_are_listed_without_torch(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f" {name} " in out for name in ("prepare", "train", "meta-test", "synthetic", "plot"))
+    assert all(f"\n    {name}" in out for name in ("prepare", "train", "meta-test", "synthetic", "plot"))
     code, _, err = run("trian")
     assert code == 2
     assert "invalid choice: 'trian'" in err

@@ -1,5 +1,5 @@
 # In a fresh clone run `make demo` or `make test`: the Python packages are installed into .venv on first use.
-# PYTHON=/path/to/python chooses the interpreter; the default is the first of the names below that is 3.11 or 3.12.
+# PYTHON=/path/to/python chooses the interpreter; the default is the newest of 3.11 to 3.13 that runs.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .PHONY: setup demo test slow slurm faults soak lint format clean help
 
 N ?= 100
-PYTHON ?= python3 python3.12 python3.11
+PYTHON ?= python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -53,8 +53,8 @@ help: ## list the targets
 # `need PACKAGE COMMAND`: the Debian package is missing if the command fails.
 $(STAMP): pyproject.toml
 	@for python in $(PYTHON) ''; do
-		"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' 2>/dev/null && break
-	done || { echo "No Python 3.11 or 3.12 among: $(PYTHON). Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+		"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break
+	done || { echo "No Python 3.11, 3.12 or 3.13 among: $(PYTHON). Name one: make PYTHON=/path/to/python3.13" >&2; exit 1; }
 
 	missing=
 	need() { "$${@:2}" >/dev/null 2>&1 || missing+=" $$1"; }
@@ -71,7 +71,7 @@ $(STAMP): pyproject.toml
 		if ! command -v apt-get >/dev/null || ! $$sudo true 2>/dev/null; then
 			echo "FFCV cannot be compiled: missing$$missing. Run one of these commands, then make again:"
 			echo "  Debian, Ubuntu:  sudo apt-get update && sudo $$install"
-			echo "  conda:           conda create -y -n dist_cts -c conda-forge python=3.12 cxx-compiler pkg-config" \
+			echo "  conda:           conda create -y -n dist_cts -c conda-forge python=3.13 cxx-compiler pkg-config" \
 				"'libopencv<5' libjpeg-turbo && conda activate dist_cts"
 			exit 1
 		fi >&2

@@ -14,20 +14,6 @@ def command(script: str, *arguments: object, ranks: int | None = None, options: 
     return [sys.executable, *(torchrun if ranks else ()), str(ROOT / "launch" / script), *map(str, arguments)]
 
 
-def task_average_loss(run: Path) -> tuple[list[int], list[float]]:
-    """Cumulative inner steps, summed over the tasks, and the mean loss over the tasks (Figure 6a).
-
-    One value for every record in `run`/metrics.jsonl; where a run resumed from a checkpoint, the later record counts.
-    """
-    losses: dict[int, dict[str, float]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "loss" in record:
-            losses.setdefault(record["cumulative_inner_steps"], {})[record["task"]] = record["loss"]
-    steps = sorted(losses)
-    return steps, [sum(losses[step].values()) / len(losses[step]) for step in steps]
-
-
 def training_seconds(run: Path) -> dict[int, float]:
     """Seconds from the first step to each logged step, by step, from metrics.jsonl."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -41,6 +41,9 @@ def _complete(default: Any, value: Any) -> Any:
     return dict(default) | _overlay(dict(default), value)
 
 
+CONFIGS = (Path(__file__).parent / "configs").resolve()  # in a checkout a link to configs/
+HELP = "YAML file with what differs from the defaults, or the name of one in configs/ such as paper/cts"
+
 C = TypeVar("C", bound=Config)
 FAULTS = 10  # listed per error message
 _shown = reprlib.Repr()  # shortens invalid values: YAML aliases may expand without limit
@@ -84,6 +87,24 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
     except ValidationError as error:
         faults = "; ".join(_explain(model, fault) for fault in error.errors()[:FAULTS])
         raise ValueError(f"{where}: {faults}") from None
+
+
+def find(name: str) -> Path:
+    """The file of a configuration that is given as a path, or as its name below configs/, such as paper/cts.
+
+    Raises:
+        FileNotFoundError: there is neither; names the nearest configurations that there are.
+    """
+    path, shipped = Path(name), CONFIGS / f"{name}.yaml"
+    if path.exists() and not path.is_dir():
+        return path
+    if shipped.is_file():
+        return shipped
+    known = [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in sorted(CONFIGS.rglob("*.yaml"))]
+    near = difflib.get_close_matches(name.removeprefix("configs/").removesuffix(".yaml"), known, n=3, cutoff=0)
+    raise FileNotFoundError(
+        f"config file not found: {name} (working directory: {Path.cwd()}); nearest configurations: {', '.join(near)}"
+    )
 
 
 def save(config: Config, path: str | Path) -> None:

@@ -14,6 +14,8 @@ FLOORS = (
     ("algorithms", "data.prepare", "distributed", "state"),
     ("checkpoint", "meta_train", "step_graph"),
     ("run", "synthetic"),
+    ("commands",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_cts.commands.prepare import main
 from dist_cts.data import beton
 from dist_cts.data.prepare import embedded
-from launch.prepare import main
 from tests.helpers.betons import read_back
 
 
@@ -179,7 +179,7 @@ import sys
 sys.modules["ffcv"] = sys.modules["numba"] = None
 import torch
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
-from launch.prepare import main
+from dist_cts.commands.prepare import main
 folder = sys.argv[1]
 assert main(["embedded:icons", "--out", folder]) == 0
 assert main(["verify", folder]) == 0

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import subprocess
 import sys
 from itertools import product
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks.paper.synthetic_grid import gradients, grid_quality, meta_train_grid
 from dist_cts.algorithms.table import ALGORITHMS
+from dist_cts.commands import synthetic
 from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
 from dist_cts.synthetic import (
@@ -120,13 +120,10 @@ def test_environment_file(tmp_path):
 # ---------------------------------------------------------------- launch/synthetic.py
 
 
-LAUNCH = runpy.run_path(str(REPO / "launch/synthetic.py"))
-
-
 def command(*arguments):
     """The exit code of launch/synthetic.py in this process."""
     try:
-        return LAUNCH["main"]([*map(str, arguments)])
+        return synthetic.main([*map(str, arguments)])
     except SystemExit as usage:
         return usage.code
 

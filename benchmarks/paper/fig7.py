@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.paper.figures import RESULTS, save
 from benchmarks.paper.long_horizon_report import LOOKS
-from benchmarks.runs import task_average_loss
+from dist_cts.run.curves import task_means
 from dist_cts.run.report import draw_bars
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     document = json.loads(args.meta_test.read_text())
     panels = curves(document)
-    losses = {run.name: task_average_loss(run) for run in args.runs}
+    losses = {run.name: task_means(run, "loss") for run in args.runs}
     count = bool(losses) + (len(panels) or 1)
     fig, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.6), squeeze=False, layout="constrained")
     axes = list(axes[0])

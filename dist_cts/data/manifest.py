@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from dist_cts.atomic import replace_file, seal
 from dist_cts.config import Config
 
-AGAIN = "prepare the task again with launch/prepare.py"
+AGAIN = "prepare the task again with `dist-cts prepare`"
 
 
 class Manifest(Config):

@@ -8,14 +8,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
 from dist_cts.checkpoint.manager import CheckpointConfig
-from dist_cts.config import Config
+from dist_cts.config import CONFIGS, Config
 from dist_cts.data.batches import DataConfig
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
 from dist_cts.distributed.reducer import Reduction
 from dist_cts.learner import InnerConfig, ResetConfig
 from dist_cts.models import ModelConfig
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class TaskConfig(Config):
@@ -103,10 +101,12 @@ class TrainConfig(Config):
     def with_run_dir(self, file: Path | None = None) -> "TrainConfig":
         """This configuration with its default run folder filled in: runs/ + the path of `file` below configs/.
 
-        For a file elsewhere, runs/ + its name; without a file, runs/ + the algorithm.
+        configs/ is the package's or the one in the working directory. For a file elsewhere, runs/ + its name; without
+        a file, runs/ + the algorithm.
         """
         if self.run_dir is not None:
             return self
         path = Path(self.algorithm) if file is None else file.resolve()
-        path = path.relative_to(CONFIGS) if path.is_relative_to(CONFIGS) else Path(path.name)
+        folders = [folder for folder in (CONFIGS, Path("configs").resolve()) if path.is_relative_to(folder)]
+        path = path.relative_to(folders[0]) if folders else Path(path.name)
         return self.model_copy(update={"run_dir": Path("runs") / (path if file is None else path.with_suffix(""))})

@@ -271,7 +271,7 @@ def test_whatever_does_not_fit_is_an_error_that_names_the_file(tmp_path, fault):
         beton.verify(tmp_path / "train.beton")
     line = str(caught.value)
     assert str(tmp_path / "train") in line
-    assert line.endswith("prepare the task again with launch/prepare.py")
+    assert line.endswith("prepare the task again with `dist-cts prepare`")
     assert "\n" not in line
 
 

@@ -1,9 +1,9 @@
 import pytest
 from PIL import Image
 
+from dist_cts.commands.prepare import main
 from dist_cts.data.prepare import embedded, suites
 from dist_cts.data.prepare.suites import SuiteTask, suite
-from launch.prepare import main
 from tests.data.test_readers import make_tiny_imagenet
 
 
@@ -89,7 +89,7 @@ def test_a_suite_prepares_what_is_there_and_tells_what_is_missing(tmp_path, caps
     table = suites.table(tasks, outcomes).splitlines()
     assert table[1].split()[:5] == ["tiny-imagenet-0-2", "4", "3", "2", "64"]
     assert "CUB_200_2011.tgz: cannot be read" in table[2]
-    assert "missing: launch/prepare.py svhn --download" in table[3]
+    assert "missing: dist-cts prepare svhn --download" in table[3]
     said = []
     suites.prepare_all(tasks[:1], tmp_path / "raw", tmp_path / "out", 2, "stop", said.append)
     assert "already prepared and intact" in said[0]

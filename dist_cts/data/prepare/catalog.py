@@ -48,7 +48,7 @@ TORCHVISION: dict[str, Callable] = {  # read and downloaded by torchvision
 
 @dataclass(frozen=True)
 class Entry:
-    """A dataset that launch/prepare.py can turn into a task."""
+    """A dataset that dist-cts prepare can turn into a task."""
 
     name: str
     read: Callable[[Path | None], RawSplits]
@@ -73,7 +73,7 @@ def _entry(name: str, facts: dict) -> Entry:
     if name not in TORCHVISION:
         return Entry(name, READERS[name], download=DOWNLOADS.get(name), needs_root=name != "digits", **facts)
     read = TORCHVISION[name]
-    where = f"launch/prepare.py {name} --download --root RAW --out BETON_DIR ({facts.pop('where')})"
+    where = f"dist-cts prepare {name} --download --root RAW --out BETON_DIR ({facts.pop('where')})"
     return Entry(name, partial(read, download=False), where, download=partial(read, download=True), **facts)
 
 

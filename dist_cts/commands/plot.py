@@ -1,0 +1,26 @@
+"""`dist-cts plot`: draws the training curves of runs."""
+
+import argparse
+from pathlib import Path
+
+from dist_cts.run.exit_codes import DONE, finish
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dist-cts plot",
+        description="Draw loss and accuracy of runs, means over their tasks, against the inner steps per task. Values "
+        "on the test splits (eval_every) are dashed.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the PNG (default: %(default)s)")
+    args = parser.parse_args(arguments)
+
+    def command() -> int:
+        from dist_cts.run.curves import draw_curves  # late: scipy and matplotlib take a second
+
+        draw_curves(args.runs, args.out)
+        print(f"{args.out}: written")
+        return DONE
+
+    return finish(command)

@@ -65,7 +65,10 @@ class StepGraph:
 
 
 def use_graphs(learners: Sequence[TaskLearner]) -> None:
-    """Makes `inner_step` of each learner replay a CUDA graph, all learners side by side on streams of their own."""
+    """Makes `inner_step` of each learner replay a CUDA graph, all learners side by side on streams of their own.
+
+    Every step then takes all learners in this order: the first one forks the streams, the last one joins them.
+    """
     main, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in learners]
 
     def step(index: int, graph: StepGraph) -> None:

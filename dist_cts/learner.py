@@ -75,8 +75,13 @@ def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch
 
 
 def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy and accuracy, both means over the batch, of logits [B, C] and int64 labels [B]."""
+    """Cross entropy and accuracy, both means over the batch, of logits [B, C] and int64 labels [B].
+
+    Labels may also be class probabilities, float [B, C]; the most probable class then counts as the correct one.
+    """
     loss = nn.functional.cross_entropy(logits.float(), labels)
+    if labels.is_floating_point():
+        labels = labels.argmax(1)
     return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_cts.config import Config
 from dist_cts.data import augment, beton
 from dist_cts.data.manifest import Manifest
-from dist_cts.data.plan import PlanChunk, SamplePlan, default_padding
+from dist_cts.data.plan import AugmentConfig, PlanChunk, SamplePlan, default_padding
 from dist_cts.data.source import Prefetcher, ResidentSource, Source, StreamingSource
 
 CHUNK_STEPS = 256  # steps whose plan is computed and copied to the device at once
@@ -44,6 +44,7 @@ class DataConfig(Config):
         description="pixels of zero padding before the random crop; default: 4 up to 32 px, 8 above",
     )
     flip: bool = Field(True, description="flip each image horizontally with probability 0.5")
+    augment: AugmentConfig = AugmentConfig()
 
 
 def open_task(folder: str | Path, split: str, config: DataConfig, device: torch.device) -> Source:
@@ -94,18 +95,28 @@ class TaskBatches:
         self.source, self.step, self.wait_seconds = source, 0, 0.0
         count = manifest.count if indices is None else len(indices)
         padding = default_padding(manifest.pixels) if config.padding is None else config.padding
-        self.plan = SamplePlan(seed, manifest.name, count, batch_size, padding, config.flip)
+        self.plan = SamplePlan(
+            seed, manifest.name, count, batch_size, padding, config.flip, manifest.pixels, config.augment
+        )
         self._indices = indices
         self._size = batch_size // data_ranks
+        self._mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+        if self._mixes and self._size % 2:
+            raise ValueError(
+                f"task {manifest.name}: mixup and cutmix mix the images of a batch in pairs; batch_size={batch_size} "
+                f"leaves {self._size} on each of its {data_ranks} data ranks: choose an even number"
+            )
         self._slice = slice(data_rank * self._size, (data_rank + 1) * self._size)
         self._mean, self._std = _mean_and_std(manifest, config, source.device)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._prefetcher: Prefetcher | None = None
-        self._remaining: Iterator[tuple[Tensor, ...]] = iter(())
+        self._remaining: Iterator[tuple[PlanChunk, Tensor]] = iter(())
         self._chunk, self._lock = functools.lru_cache(maxsize=2)(self._expand), threading.Lock()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images, float32 [B / D, 3, P, P], and labels, int64 [B / D], of step `step`; then advances `step`.
+        """Images, float32 [B / D, 3, P, P], and labels of step `step`; then advances `step`.
+
+        Labels are int64 [B / D]; with mixup or CutMix, class probabilities, float32 [B / D, classes].
 
         Raises:
             RankError: the source failed; the message names task, file and step.
@@ -115,11 +126,11 @@ class TaskBatches:
             index_rows = itertools.chain.from_iterable(chunk.index for chunk in self._chunks(self.step))
             self._prefetcher = self.source.prefetch(index_rows, self._size, self.step)
             self._remaining = self._rows(self._chunks(self.step))
-        row = next(self._remaining)
-        images = self._prefetcher.take(row[0])
+        plan, labels = next(self._remaining)
+        images = self._prefetcher.take(plan.index)
         self.wait_seconds += time.perf_counter() - started
         self.step += 1
-        return self._augment(images, *row)
+        return self._augment(images, labels, plan)
 
     def seek(self, step: int) -> None:
         """Sets the step of the next batch; any batch can be replayed."""
@@ -132,19 +143,12 @@ class TaskBatches:
             self._prefetcher.close()
         self._prefetcher, self._remaining = None, iter(())
 
-    def _augment(
-        self, images: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _augment(self, images: Tensor, labels: Tensor, plan: PlanChunk) -> tuple[Tensor, Tensor]:
         images = augment.augment(
-            images,
-            top,
-            left,
-            flip,
-            padding=self.plan.padding,
-            mean=self._mean,
-            std=self._std,
-            memory_format=self._memory_format,
+            images, plan, padding=self.plan.padding, mean=self._mean, std=self._std, memory_format=self._memory_format
         )
+        if self._mixes:
+            return augment.mix(images, labels, plan.cut, plan.share, self.source.manifest.classes)
         return images, labels
 
     def _chunks(self, start: int) -> Iterator[PlanChunk]:
@@ -164,11 +168,13 @@ class TaskBatches:
         chunk = PlanChunk(*(array[:, self._slice] for array in chunk))
         return chunk if self._indices is None else chunk._replace(index=self._indices[chunk.index])
 
-    def _rows(self, chunks: Iterator[PlanChunk]) -> Iterator[tuple[Tensor, ...]]:
-        """index, top, left, flip and labels of each step, [B / D], on the device; one copy per chunk."""
+    def _rows(self, chunks: Iterator[PlanChunk]) -> Iterator[tuple[PlanChunk, Tensor]]:
+        """Plan [B / D] and labels [B / D] of each step, as tensors on the device; one copy per chunk."""
         for chunk in chunks:
             arrays = (*chunk, self.source.labels[chunk.index])
-            yield from zip(*(_move(np.ascontiguousarray(array), self.source.device) for array in arrays), strict=True)
+            tensors = (_move(np.ascontiguousarray(array), self.source.device) for array in arrays)
+            for *plan, labels in zip(*tensors, strict=True):
+                yield PlanChunk(*plan), labels
 
 
 def test_batches(source: Source, batch_size: int, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,6 +15,9 @@ from dist_cts.data.source import ResidentSource, StreamingSource
 
 CPU = torch.device("cpu")
 CONFIG = DataConfig()
+AUGMENTED = DataConfig(
+    augment={"resized_crop": 0.2, "brightness": 0.4, "hue": 0.1, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+)
 KINDS = ["28-raw", "32-raw", "32-jpg"]
 
 
@@ -52,9 +55,9 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_sources_give_the_same_bits_over_chunks_epochs_and_seeks(sources, kind):
-    pair = [TaskBatches(sources[kind, cache], 5, 16, CONFIG) for cache in ("device", "stream")]
+@pytest.mark.parametrize(("kind", "config"), [*((kind, CONFIG) for kind in KINDS), ("28-raw", AUGMENTED)])
+def test_both_sources_give_the_same_bits_over_chunks_epochs_and_seeks(sources, kind, config):
+    pair = [TaskBatches(sources[kind, cache], 5, 16, config) for cache in ("device", "stream")]
     kept = []
     for start, steps in ((0, 30), (12, 5), (400, 10)):
         for one in pair:
@@ -69,7 +72,11 @@ def test_both_sources_give_the_same_bits_over_chunks_epochs_and_seeks(sources, k
     images, labels = kept[0][0]
     pixels = int(kind[:2])
     assert (images.shape, images.dtype) == ((16, 3, pixels, pixels), torch.float32)
-    assert (labels.shape, labels.dtype) == ((16,), torch.int64)
+    if config is AUGMENTED:
+        assert (labels.shape, labels.dtype) == ((16, 3), torch.float32)
+        torch.testing.assert_close(labels.sum(1), torch.ones(16))
+    else:
+        assert (labels.shape, labels.dtype) == ((16,), torch.int64)
     for one in pair:
         one.close()
 
@@ -85,11 +92,11 @@ def test_a_batch_is_the_planned_samples(sources):
         assert np.array_equal(labels.numpy(), source.labels[index])
 
 
-@pytest.mark.parametrize("cache", ["device", "stream"])
-def test_the_slices_of_data_ranks_make_the_whole_batch(sources, cache):
+@pytest.mark.parametrize(("cache", "config"), [("device", CONFIG), ("stream", CONFIG), ("device", AUGMENTED)])
+def test_the_slices_of_data_ranks_make_the_whole_batch(sources, cache, config):
     source = sources["28-raw", cache]
-    whole = TaskBatches(source, 5, 12, CONFIG)
-    ranks = [TaskBatches(source, 5, 12, CONFIG, data_rank=rank, data_ranks=3) for rank in range(3)]
+    whole = TaskBatches(source, 5, 12, config)
+    ranks = [TaskBatches(source, 5, 12, config, data_rank=rank, data_ranks=3) for rank in range(3)]
     for _ in range(10):
         parts = [rank.next() for rank in ranks]
         assert equal(whole.next(), [torch.cat(pieces) for pieces in zip(*parts, strict=True)])
@@ -100,6 +107,11 @@ def test_the_slices_of_data_ranks_make_the_whole_batch(sources, cache):
 def test_a_batch_that_does_not_divide(sources):
     with pytest.raises(ValueError, match="task 28-raw: batch_size=16 is not divisible by its 3 data ranks"):
         TaskBatches(sources["28-raw", "device"], 0, 16, CONFIG, data_ranks=3)
+
+
+def test_pairs_that_a_data_rank_would_divide(sources):
+    with pytest.raises(ValueError, match=r"28-raw: mixup .* batch_size=9 leaves 3 on each of its 3 data ranks"):
+        TaskBatches(sources["28-raw", "device"], 0, 9, AUGMENTED, data_ranks=3)
 
 
 @pytest.mark.parametrize("cache", ["device", "stream"])

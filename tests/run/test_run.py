@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from dist_cts.config import find, load
 from dist_cts.learner import InnerConfig
 from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
@@ -80,6 +81,15 @@ def test_a_resumed_run_has_every_tensor_and_the_next_100_batches_of_an_uninterru
     code, seen = train(config)
     assert code == DONE
     assert_same(seen, expected)
+
+
+def test_strong_augmentation_resumes_with_the_same_batches(train, config, tmp_path):
+    data = load(TrainConfig, find("augmented")).data.model_copy(update={"root": config.data.root})
+    config = config.model_copy(update={"data": data, "episodes": 2})
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
+    assert train(config, K + 2)[0] == STOPPED
+    assert_same(train(config)[1], expected)
+    assert expected["a.labels"].is_floating_point()
 
 
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):

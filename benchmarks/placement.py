@@ -14,7 +14,7 @@ from dist_cts.distributed.placement import Assignment, Placement, data_group, ev
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.learner import TaskLearner
 from dist_cts.models import ModelConfig
-from dist_cts.run.costs import RandomBatch, step_seconds
+from dist_cts.run.costs import RepeatedBatch, random_batch, step_seconds
 
 EPILOG = """\
 The tasks are those of the suite paper-8, 28 to 84 px, with random images of that size, which cost the same.
@@ -31,7 +31,7 @@ TASKS = {  # pixels and classes
 }
 
 
-def make_learner(name: str, model: str, batch: RandomBatch, device: torch.device) -> TaskLearner:
+def make_learner(name: str, model: str, batch: RepeatedBatch, device: torch.device) -> TaskLearner:
     module, head = models.build(ModelConfig(name=model), TASKS[name][1], 0)
     return TaskLearner(name, module.to(device), head, batch, learners.INNER)
 
@@ -40,7 +40,7 @@ def place_learners(placement: Placement, model: str, batch_size: int, device: to
     """This rank's learners, in data groups where tasks are shared, and the loop over them."""
     group, own = data_group(placement), []
     for name in [list(TASKS)[task] for task in placement.local_tasks]:
-        batch = RandomBatch(TASKS[name][0], batch_size // placement.data_ranks, device)
+        batch = random_batch(TASKS[name][0], batch_size // placement.data_ranks, device)
         own.append(make_learner(name, model, batch, device))
         own[-1].data_group, own[-1].model = group, convert_sync_batch_norm(own[-1].model, group)
     return learners.MetaTraining(own, len(TASKS), placement)
@@ -52,7 +52,7 @@ def measure(device: torch.device, model: str, batch_size: int, rounds: int) -> d
     found: list[dict[int, float]] = [{}]
     for name, (pixels, _) in TASKS.items():
         if rank == 0 and pixels not in found[0]:
-            found[0][pixels] = step_seconds(make_learner(name, model, RandomBatch(pixels, batch_size, device), device))
+            found[0][pixels] = step_seconds(make_learner(name, model, random_batch(pixels, batch_size, device), device))
     dist.broadcast_object_list(found, src=0)
     costs = {name: found[0][pixels] for name, (pixels, _) in TASKS.items()}
     assignment = placements(list(costs.values()), world_size, batch_size)

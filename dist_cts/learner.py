@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dist_cts.config import Config
 from dist_cts.flat import FlatParams
 
+Batch = tuple[Any, Tensor]  # inputs: a tensor, or a tuple or dict of tensors, the model's argument; and targets
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Sees a learner between gradient and update, when theta_(k-1), its `loss` and its `flat.grad` belong together.
 Observe = Callable[["TaskLearner"], None]
@@ -39,7 +40,7 @@ class Batches(Protocol):
 
     wait_seconds: float
 
-    def next(self) -> tuple[Tensor, Tensor]:
+    def next(self) -> Batch:
         """Inputs and targets of the next step."""
 
     def seek(self, step: int) -> None:
@@ -128,8 +129,8 @@ class TaskLearner:
         # What an algorithm accumulates over an episode, by name: empty after `reset`, part of the checkpoint.
         self.memory: dict[str, Tensor] = {}
         self.loss = torch.zeros((), device=self.theta.device)  # of the latest inner step, before its update
-        self.batch: tuple[Tensor, Tensor] | None = None  # of the latest inner step
-        self._peeked: tuple[Tensor, Tensor] | None = None
+        self.batch: Batch | None = None  # of the latest inner step
+        self._peeked: Batch | None = None
         # Inner steps, loss, accuracy and non-finite updates, summed on the device since the last reduction.
         self.counters = torch.zeros(4, device=self.theta.device)
         self._one = torch.ones((), device=self.theta.device)
@@ -166,7 +167,7 @@ class TaskLearner:
         else:
             self.step_on(self.next_batch(), observe)
 
-    def step_on(self, batch: tuple[Tensor, Tensor], observe: Observe | None = None) -> None:
+    def step_on(self, batch: Batch, observe: Observe | None = None) -> None:
         """An inner step on `batch`, counted. Work of the device alone: a CUDA graph may record it."""
         accuracy = self._descend(batch, observe)
         self.counters[:3].add_(torch.stack((self._one, self.loss, accuracy)))
@@ -178,25 +179,25 @@ class TaskLearner:
         for _ in range(steps):
             self._descend(self.next_batch())
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
+    def next_batch(self) -> Batch:
         """The next inner step's batch: the one that `peek` has returned, if it was called."""
         batch, self._peeked = self._peeked or self.batches.next(), None
         return batch
 
-    def peek(self) -> tuple[Tensor, Tensor]:
+    def peek(self) -> Batch:
         """The batch that the next inner step will consume."""
         self._peeked = self.next_batch()
         return self._peeked
 
     @torch.enable_grad()
-    def compute_loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Differentiable loss, and accuracy, of this rank's share of a batch, in training mode."""
         inputs, targets = batch
         with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = self.model(inputs)
         return self.criterion(outputs, targets)
 
-    def compute_gradient(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`flat.grad` <- grad L(theta) on a batch; returns loss and accuracy of this rank's share."""
         loss, accuracy = self.compute_loss(batch)
         self.flat.differentiate(loss)
@@ -219,7 +220,7 @@ class TaskLearner:
             buffer.copy_(value)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, float]:
         """Mean loss and accuracy (0 .. 1) over every example of `batches`, in evaluation mode."""
         self.model.eval()
         total = torch.zeros(2, device=self.theta.device)
@@ -248,6 +249,11 @@ class TaskLearner:
         waited, self.batches.wait_seconds = self.batches.wait_seconds, 0.0
         return waited
 
+    @property
+    def data_fingerprint(self) -> str:
+        """Identifies the training data; empty if the batches cannot say."""
+        return getattr(self.batches, "fingerprint", "")
+
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters, optimizer state, buffers and memory by name; the tensors themselves, not copies."""
         state = {"parameters": self.flat.vector}
@@ -271,7 +277,7 @@ class TaskLearner:
             elif kind == "memory":
                 self.memory[name] = value.clone()
 
-    def _descend(self, batch: tuple[Tensor, Tensor], observe: Observe | None = None) -> Tensor:
+    def _descend(self, batch: Batch, observe: Observe | None = None) -> Tensor:
         self.batch = batch
         self.loss, accuracy = self.compute_gradient(batch)
         if observe is not None:

@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dist_cts.algorithms.table import Algorithm
 from dist_cts.distributed.placement import Placement
-from dist_cts.learner import TaskLearner
+from dist_cts.learner import Batch, TaskLearner
 
 WARM_UP = 3  # eager steps before the capture: they create the momentum and let libraries choose kernels and workspaces
 
@@ -39,7 +40,7 @@ class StepGraph:
     def __init__(self, learner: TaskLearner, record: Record = record_cuda_graph) -> None:
         self.learner, self.record = learner, record
         self.taken = 0
-        self.inputs: tuple[Tensor, ...] = ()
+        self.inputs: Batch | None = None
         self.replay: Callable[[], object] | None = None
         self.states: list[Tensor | None] = []  # of the optimizer; held, so that no other tensor gets their ids
 
@@ -54,9 +55,9 @@ class StepGraph:
             self.states = self._optimizer_states()
             return
         if self.replay is None:
-            self.inputs = tuple(tensor.clone() for tensor in batch)
+            self.inputs = tree_map(Tensor.clone, batch)
             self.replay = self.record(partial(self.learner.step_on, self.inputs))
-        for static, tensor in zip(self.inputs, batch, strict=True):
+        for static, tensor in zip(tree_leaves(self.inputs), tree_leaves(batch), strict=True):
             static.copy_(tensor)
         self.replay()
 

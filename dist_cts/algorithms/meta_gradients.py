@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_cts.config import Config
-from dist_cts.learner import TaskLearner
+from dist_cts.learner import Batch, TaskLearner
 
 GradientBatch = Literal["last", "next"]
 
@@ -115,7 +115,7 @@ def imaml(learner: TaskLearner, phi: Tensor, options: IMAMLConfig, batch: Gradie
     return _spent_gradient(learner).copy_(solution)
 
 
-def hessian_operator(learner: TaskLearner, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def hessian_operator(learner: TaskLearner, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """grad L [N] in the body, and v [N] -> H v [N] by a second backward pass over the gradient's graph."""
     layout, parameters = learner.flat.body_layout, dict(learner.model.named_parameters())
     body = [parameters[slot.name] for slot in layout.slots]

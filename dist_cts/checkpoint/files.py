@@ -30,11 +30,12 @@ State = Mapping[str, Tensor]
 
 
 class StoredFile(Config):
-    """A file of a checkpoint; `layout` is the fingerprint of the flat vectors in it."""
+    """A file of a checkpoint; fingerprints of the flat vectors in it (`layout`) and of the task's training data."""
 
     bytes: int
     sha256: str
     layout: str
+    data: str = ""
 
 
 class CheckpointManifest(Config):
@@ -76,7 +77,7 @@ def to_host(state: State, memory: State) -> dict[str, Tensor]:
     return copies
 
 
-def write_state(path: Path, state: State, layout: str) -> StoredFile:
+def write_state(path: Path, state: State, layout: str, data_fingerprint: str = "") -> StoredFile:
     """Writes named host tensors; returns their manifest entry.
 
     Raises:
@@ -86,7 +87,7 @@ def write_state(path: Path, state: State, layout: str) -> StoredFile:
     check_finite(path.name, state)
     data = safetensors.torch.save(dict(state))
     atomic.write_file(path, data)
-    return StoredFile(bytes=len(data), sha256=_sha256(data), layout=layout)
+    return StoredFile(bytes=len(data), sha256=_sha256(data), layout=layout, data=data_fingerprint)
 
 
 def read_state(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:

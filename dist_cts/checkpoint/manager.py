@@ -39,7 +39,7 @@ PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
 MAY_DIFFER = (
     *("episodes", "run_dir", "device", "deterministic", "placement", "timeout_seconds", "max_minutes", "nonfinite"),
     *("step", "loss_limit", "checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root"),
-    *("data.cache", "data.resident_limit_gib", "data.workers", "data.verify"),
+    *("data.cache", "data.resident_limit_gib", "data.workers", "data.dataset_workers", "data.verify"),
 )
 _FILES = TypeAdapter(dict[str, StoredFile])
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class CheckpointManager:
         self._saved_at, self._saved_step, self._next_look = time.monotonic(), step, step + 1
         states: dict[str, State] = {task_file(learner.name): learner.state_dict() for learner in learners}
         layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in learners}
+        contents = {task_file(learner.name): learner.data_fingerprint for learner in learners}
         ranks = gather(_Report(self._busy(), self.newest, uuid.uuid4().hex[:8]))
         if ranks[0].newest == step:
             return True
@@ -143,7 +144,7 @@ class CheckpointManager:
             values = config.model_dump(mode="json")
             # A daemon: a failing rank must not wait for the files of ranks that may have failed before it.
             self._thread = Thread(
-                target=self._write, args=(temporary, step, self._copies, layouts, values), daemon=True
+                target=self._write, args=(temporary, step, self._copies, layouts, contents, values), daemon=True
             )
             self._thread.start()
         return self.wait() == step if wait else True
@@ -214,13 +215,26 @@ class CheckpointManager:
             for name, now in {PHI: state.layout, **layouts}.items():
                 if manifest.files[name].layout != now.fingerprint():
                     raise ValueError(f"{path / name} was saved from a model with other tensors, shapes or strides")
+            for learner in state.learners:
+                saved_data, data = manifest.files[task_file(learner.name)].data, learner.data_fingerprint
+                if saved_data not in ("", data):
+                    raise ValueError(
+                        f"task {learner.name}: its training data changed since checkpoint {path}: {saved_data}, now "
+                        f"{data or 'unknown'}; restore them, or pass --fresh"
+                    )
         return states
 
     def _busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
     def _write(
-        self, temporary: Path, step: int, states: dict[str, State], layouts: dict[str, str], config: dict[str, Any]
+        self,
+        temporary: Path,
+        step: int,
+        states: dict[str, State],
+        layouts: dict[str, str],
+        contents: dict[str, str],
+        config: dict[str, Any],
     ) -> None:
         """Runs in the thread: writes this rank's files and their list; rank 0 collects all lists and publishes."""
         rank = self.placement.rank
@@ -228,7 +242,10 @@ class CheckpointManager:
             if rank == 0:
                 self._remove_leftovers(but=temporary)  # no earlier save is running on any rank
             temporary.mkdir(exist_ok=True)
-            files = {name: write_state(temporary / name, state, layouts[name]) for name, state in states.items()}
+            files = {
+                name: write_state(temporary / name, state, layouts[name], contents.get(name, ""))
+                for name, state in states.items()
+            }
             if rank != 0:
                 fsync_folder(temporary)
                 replace_file(temporary / f"rank-{rank}.json", _FILES.dump_json(files))

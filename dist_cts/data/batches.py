@@ -33,6 +33,9 @@ class DataConfig(Config):
     )
     resident_limit_gib: float = Field(2.0, ge=0, description="GiB; with cache=auto, larger splits are streamed")
     workers: int = Field(1, gt=0, description="FFCV threads per streamed task; one is usually enough for raw images")
+    dataset_workers: int = Field(
+        0, ge=0, description="DataLoader processes per task that is a PyTorch dataset; 0: the training process loads"
+    )
     verify: bool = Field(True, description="verify the checksum of every .beton file before use")
     normalise: Literal["half", "dataset"] = Field(
         "half", description="half: mean and std 0.5; dataset: mean and std of the train split"
@@ -93,6 +96,7 @@ class TaskBatches:
                 f"task {manifest.name}: batch_size={batch_size} is not divisible by its {data_ranks} data ranks"
             )
         self.source, self.step, self.wait_seconds = source, 0, 0.0
+        self.fingerprint = manifest.sha256
         count = manifest.count if indices is None else len(indices)
         padding = default_padding(manifest.pixels) if config.padding is None else config.padding
         self.plan = SamplePlan(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_cts import models
 from dist_cts.checkpoint.phi import load_phi
-from dist_cts.data.batches import TaskBatches, open_task
+from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
 from dist_cts.distributed.process_group import raise_on_all_ranks
@@ -65,18 +65,12 @@ def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -
 
 
 def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, device: torch.device) -> TaskLearner:
-    folder = config.data.root / task.name
-    source = open_task(folder, "train", config.data, device)
-    classes = source.manifest.classes
-    if task.classes not in (None, classes):
-        raise ValueError(f"task {task.name}: the config says {task.classes} classes, {folder} has {classes}")
-    batches = TaskBatches(
-        source,
+    split = open_split(task.name, "train", config.data, device)
+    batches = split.batches(
         config.seed,
         config.batch_size_of(task),
-        config.data,
         data_rank=placement.data_rank,
         data_ranks=placement.data_ranks,
         channels_last=config.channels_last,
     )
-    return build_learner(config, device, task.name, classes, batches)
+    return build_learner(config, device, task.name, outputs(split, task.name, task.classes), batches)

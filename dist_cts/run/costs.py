@@ -4,13 +4,14 @@ import json
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dist_cts.atomic import replace_file
 from dist_cts.data.beton import read_manifest
+from dist_cts.data.datasets import DATASETS
+from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.balance import Costs
 from dist_cts.distributed.process_group import from_rank_0, raise_on_all_ranks
-from dist_cts.learner import TaskLearner
+from dist_cts.learner import Batch, TaskLearner
 from dist_cts.run.build import build_learner
 from dist_cts.run.config import TrainConfig
 
@@ -18,7 +19,7 @@ STEP_SECONDS = "step_seconds.json"  # in the run folder
 
 
 def shared_costs(config: TrainConfig, device: torch.device, fresh: bool = False) -> Costs:
-    """Each task's step time on one rank: rank 0 measures on random images and broadcasts the result.
+    """Each task's step time on one rank, measured by rank 0 on random images or on the first batch of a dataset.
 
     A resumed run reuses the times in its run folder: with the same number of ranks it gets the same placement and is
     bit-identical. `fresh` measures again.
@@ -43,18 +44,22 @@ def keep_costs(config: TrainConfig, costs: Costs) -> None:
         replace_file(config.run_dir / STEP_SECONDS, (json.dumps(costs, indent=1) + "\n").encode())
 
 
-class RandomBatch:
-    """The same random images [B, 3, P, P] and labels [B] at every step, for timing."""
+class RepeatedBatch:
+    """The same batch at every step, for timing."""
 
-    def __init__(self, pixels: int, batch_size: int, device: torch.device, channels_last: bool = False) -> None:
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.images = torch.rand(batch_size, 3, pixels, pixels, device=device).contiguous(memory_format=memory_format)
-        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.wait_seconds = 0.0
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.wait_seconds = batch, 0.0
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Images, float32 [B, 3, P, P], and labels, int64 [B]."""
-        return self.images, self.labels
+    def next(self) -> Batch:
+        """The batch."""
+        return self.batch
+
+
+def random_batch(pixels: int, batch_size: int, device: torch.device, channels_last: bool = False) -> RepeatedBatch:
+    """Random images, float32 [B, 3, P, P], with labels 0, int64 [B]."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.rand(batch_size, 3, pixels, pixels, device=device).contiguous(memory_format=memory_format)
+    return RepeatedBatch((images, torch.zeros(batch_size, dtype=torch.int64, device=device)))
 
 
 def step_seconds(learner: TaskLearner) -> float:
@@ -68,10 +73,19 @@ def step_seconds(learner: TaskLearner) -> float:
 def _measure(config: TrainConfig, device: torch.device) -> dict[str, float]:
     costs, measured = {}, {}
     for task in config.tasks:
+        if task.name in DATASETS:
+            split = open_split(task.name, "train", config.data, device)
+            batches = split.batches(config.seed, config.batch_size_of(task), channels_last=config.channels_last)
+            batch = RepeatedBatch(batches.next())
+            batches.close()
+            costs[task.name] = step_seconds(
+                build_learner(config, device, task.name, outputs(split, task.name, task.classes), batch)
+            )
+            continue
         manifest = read_manifest(config.data.root / task.name / "train")
         shape = manifest.pixels, config.batch_size_of(task)
         if shape not in measured:
-            batches = RandomBatch(*shape, device, config.channels_last)
+            batches = random_batch(*shape, device, config.channels_last)
             measured[shape] = step_seconds(build_learner(config, device, task.name, manifest.classes, batches))
         costs[task.name] = measured[shape]
     return costs

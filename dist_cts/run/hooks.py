@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_cts.algorithms.table import Algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
 from dist_cts.checkpoint.phi import SNAPSHOTS, export_phi
-from dist_cts.data.batches import open_task, test_batches
+from dist_cts.data.tasks import open_split
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.process_group import check_same_bits, gather
 from dist_cts.distributed.reducer import Control, MetaReducer
@@ -84,9 +84,8 @@ class Hooks:
         config, results = self.config, []
         if self.placement.contributes:
             for learner in self.state.learners:
-                source = open_task(config.data.root / learner.name, "test", config.data, self.state.phi.device)
-                batches = test_batches(source, config.batch_size, config.data)
-                results.append((learner.name, *learner.evaluate(batches)))
+                split = open_split(learner.name, "test", config.data, self.state.phi.device)
+                results.append((learner.name, *learner.evaluate(split.test_batches(config.batch_size))))
         for result in chain.from_iterable(gather(results)):
             self.metrics.log_test(self.state.progress, *result)
 

@@ -18,7 +18,8 @@ from dist_cts import models
 from dist_cts.atomic import replace_file
 from dist_cts.checkpoint.phi import load_phi, named_starts, phi_metadata, run_dir_of
 from dist_cts.config import Config
-from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
+from dist_cts.data.batches import DataConfig
+from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import FlatParams, load_named
@@ -95,7 +96,7 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with raise_on_all_ranks():
             for target in config.targets:
-                open_task(config.data.root / target, "test", config.data, device)
+                outputs(open_split(target, "test", config.data, device), target)
             layout = FlatParams(*models.build(config.model, 1, "fits")).body_layout
             for phi in phis.values():
                 load_named(layout, torch.zeros(layout.numel), load_phi(phi), phi)
@@ -129,14 +130,12 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
     Head and running statistics are new. Head, data order and subset depend only on (seed, target), so they are the same
     for all initializations.
     """
-    folder = config.data.root / job.target
-    train = open_task(folder, "train", config.data, device)
-    test = open_task(folder, "test", config.data, device)
+    train, test = (open_split(job.target, split, config.data, device) for split in ("train", "test"))
     key = hashed_seed(job.seed, "meta-test")
     indices = balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
     channels_last = config.channels_last
-    batches = TaskBatches(train, key, config.batch_size, config.data, channels_last=channels_last, indices=indices)
-    model, head = models.build(config.model, train.manifest.classes, key, job.target)
+    batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
+    model, head = models.build(config.model, outputs(train, job.target), key, job.target)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
     learner = TaskLearner(job.target, model, head, batches, config.inner, autocast=autocast)
@@ -149,14 +148,14 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
         learner.inner_step()
         schedule.step()
         if step in points:
-            loss, accuracy = learner.evaluate(test_batches(test, config.batch_size, config.data))
+            loss, accuracy = learner.evaluate(test.test_batches(config.batch_size))
             curve.append({"step": step, "loss": loss, "accuracy": accuracy})
     batches.close()
     return curve
 
 
 def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarray:
-    """`size` sorted indices into labels [N], class-balanced, drawn from the seed.
+    """`size` sorted indices into labels [N], class-balanced, drawn from the seed; a plain subset if there is one class.
 
     Raises:
         ValueError: fewer than `size` images.

@@ -162,6 +162,37 @@ def test_the_inputs_stay_where_they_are_and_the_first_steps_are_eager(alone):
     assert all(torch.equal(a, b) for a, b in zip(learner.batch, learner.batches.batch_at(WARM_UP + 1), strict=True))
 
 
+class Named(torch.nn.Module):
+    """A model whose inputs are a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = torch.nn.Linear(5, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.fc(torch.relu(self.body(torch.cat([inputs["x"], inputs["more"][0]], 1))))
+
+
+class NamedBatches(MemoryBatches):
+    def batch_at(self, step):
+        x, y = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)), torch.arange(4) % 3
+        return {"x": x[:, :2], "more": (x[:, 2:],)}, y
+
+
+def test_inputs_may_be_a_dict_with_tuples():
+    torch.manual_seed(0)
+    eager = TaskLearner("named", Named(), "fc", NamedBatches(0), InnerConfig(lr=0.05))
+    graphed = TaskLearner("named", copy.deepcopy(eager.model), "fc", NamedBatches(0), InnerConfig(lr=0.05))
+    graphed.graphed_step = StepGraph(graphed, recorder(graphed, tapes := [])).step
+    with torch.no_grad():
+        for learner in (eager, graphed):
+            for _ in range(WARM_UP + 4):
+                learner.inner_step()
+    assert len(tapes) == 1
+    assert torch.equal(graphed.flat.vector, eager.flat.vector)
+    assert graphed.evaluate([graphed.batches.batch_at(99)]) == eager.evaluate([eager.batches.batch_at(99)])
+
+
 @pytest.mark.parametrize(
     ("algorithm", "assignment", "device", "message"),
     [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_cts.config import Config
 from dist_cts.flat import FlatParams
+from dist_cts.schedules import DECAY_HELP, Decay, decay
 
 Batch = tuple[Any, Tensor]  # inputs: a tensor, or a tuple or dict of tensors, the model's argument; and targets
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -21,10 +22,13 @@ Observe = Callable[["TaskLearner"], None]
 class InnerConfig(Config):
     """The inner optimizer; the defaults are the paper's image classification (section 4.2)."""
 
-    optimizer: Literal["sgd", "nesterov", "adam"] = Field("sgd", description="sgd, nesterov or adam")
+    optimizer: Literal["sgd", "nesterov", "adam", "adamw"] = Field("sgd", description="sgd, nesterov, adam or adamw")
     lr: float = Field(0.01, gt=0, description="alpha, inner learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and nesterov; beta_1 of adam")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 decay of body and head in the inner loop")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and nesterov; beta_1 of adam and adamw")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 decay of body and head; adamw: decoupled decay")
+    clip: float = Field(0, ge=0, description="largest norm of a task's gradient, body and head together; 0: no limit")
+    schedule: Decay = Field("constant", description=f"lr over the K steps of an episode: {DECAY_HELP}")
+    warmup: int = Field(0, ge=0, description="the first steps of each episode, during which lr rises linearly")
 
 
 class ResetConfig(Config):
@@ -53,8 +57,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch
     Raises:
         ValueError: nesterov without momentum.
     """
-    if config.optimizer == "adam":
-        return torch.optim.Adam(
+    if config.optimizer in ("adam", "adamw"):
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return kind(
             parameters,
             lr=config.lr,
             betas=(config.momentum, 0.999),
@@ -73,6 +78,20 @@ def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch
         nesterov=nesterov,
         fused=True,
     )
+
+
+def inner_schedule(config: InnerConfig, K: int) -> Callable[[int], float] | None:
+    """The factor on alpha at a global inner step s, in episodes of K steps; None where it is always 1."""
+    if config.schedule == "constant" and config.warmup == 0:
+        return None
+
+    def factor(step: int) -> float:
+        k = step % K
+        if k < config.warmup:
+            return (k + 1) / (config.warmup + 1)
+        return decay(config.schedule, (k - config.warmup) / (K - config.warmup))
+
+    return factor
 
 
 def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +133,7 @@ class TaskLearner:
         inner: InnerConfig,
         *,
         reset: ResetConfig | None = None,
+        schedule: Callable[[int], float] | None = None,
         criterion: Criterion = classification,
         autocast: torch.dtype | None = None,
         data_group: dist.ProcessGroup | None = None,
@@ -126,6 +146,7 @@ class TaskLearner:
         self.parameter = nn.Parameter(self.flat.vector)
         self.parameter.grad = self.flat.grad
         self.optimizer = make_optimizer([self.parameter], inner)
+        self.schedule, self.step = schedule, 0
         # What an algorithm accumulates over an episode, by name: empty after `reset`, part of the checkpoint.
         self.memory: dict[str, Tensor] = {}
         self.loss = torch.zeros((), device=self.theta.device)  # of the latest inner step, before its update
@@ -174,10 +195,14 @@ class TaskLearner:
 
     def replay(self, first_step: int, steps: int) -> None:
         """Repeats `steps` inner steps on the batches from global step `first_step`; the counters ignore them."""
-        self.batches.seek(first_step)
-        self._peeked = None
+        self.seek(first_step)
         for _ in range(steps):
             self._descend(self.next_batch())
+
+    def seek(self, step: int) -> None:
+        """Makes global step `step` the next one: its batch and its learning rate."""
+        self.batches.seek(step)
+        self.step, self._peeked = step, None
 
     def next_batch(self) -> Batch:
         """The next inner step's batch: the one that `peek` has returned, if it was called."""
@@ -282,7 +307,13 @@ class TaskLearner:
         self.loss, accuracy = self.compute_gradient(batch)
         if observe is not None:
             observe(self)
+        if self.inner.clip:
+            # As clip_grad_norm_; the host reads no value.
+            self.flat.grad.mul_((self.inner.clip / (self.flat.grad.norm() + 1e-6)).clamp(max=1))
+        if self.schedule is not None:
+            self.optimizer.param_groups[0]["lr"] = self.inner.lr * self.schedule(self.step)
         self.optimizer.step()
+        self.step += 1
         return accuracy
 
     def _clear_optimizer(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dist_cts"
 FLOORS = (
     ("__init__",),
-    ("atomic", "config", "errors", "flat", "progress", "seeds"),
+    ("atomic", "config", "errors", "flat", "progress", "schedules", "seeds"),
     ("data", "learner", "models"),
     ("algorithms", "data.prepare", "distributed", "state"),
     ("checkpoint", "meta_train", "step_graph"),

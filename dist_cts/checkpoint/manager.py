@@ -183,7 +183,7 @@ class CheckpointManager:
             for learner in state.learners:
                 tensors = states[task_file(learner.name)]
                 learner.load_state_dict({key: value.to(state.phi.device) for key, value in tensors.items()})
-                learner.batches.seek(step)
+                learner.seek(step)
             state.progress.step = self.newest = self._saved_step = step
             if self.placement.rank == 0:
                 self._set_aside(damaged)

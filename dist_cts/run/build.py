@@ -11,7 +11,7 @@ from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
 from dist_cts.distributed.process_group import raise_on_all_ranks
 from dist_cts.flat import FlatLayout, load_named
-from dist_cts.learner import Batches, TaskLearner
+from dist_cts.learner import Batches, TaskLearner, inner_schedule
 from dist_cts.run.config import TaskConfig, TrainConfig
 
 
@@ -45,7 +45,10 @@ def build_learner(config: TrainConfig, device: torch.device, name: str, classes:
     model, head = models.build(config.model, classes, config.seed, "head", name)
     model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    return TaskLearner(name, model, head, batches, config.inner, reset=config.reset, autocast=autocast)
+    schedule = inner_schedule(config.inner, config.inner_steps)
+    return TaskLearner(
+        name, model, head, batches, config.inner, reset=config.reset, schedule=schedule, autocast=autocast
+    )
 
 
 def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -> Tensor:

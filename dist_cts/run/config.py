@@ -82,11 +82,21 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _joint_training_is_linear(self) -> "TrainConfig":
-        if self.algorithm == "mtl" and self.inner.optimizer == "adam" and len(self.tasks) > 1:
+        optimizer = self.inner.optimizer
+        if self.algorithm == "mtl" and optimizer.startswith("adam") and len(self.tasks) > 1:
             raise ValueError(
-                "algorithm=mtl with inner.optimizer=adam: the mean of the tasks' Adam steps is not a step of joint "
-                "training; use sgd or nesterov"
+                f"algorithm=mtl with inner.optimizer={optimizer}: the mean of the tasks' Adam steps is not a step of "
+                "joint training; use sgd or nesterov"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_inner_schedule_fits(self) -> "TrainConfig":
+        inner = self.inner
+        if inner.warmup >= self.inner_steps:
+            raise ValueError(f"inner.warmup={inner.warmup} must be below inner_steps={self.inner_steps}")
+        if self.step == "graph" and (inner.warmup or inner.schedule != "constant"):
+            raise ValueError("step=graph records the learning rate: set inner.schedule=constant and inner.warmup=0")
         return self
 
     @property

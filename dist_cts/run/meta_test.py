@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from dist_cts import models
@@ -52,6 +52,12 @@ class MetaTestConfig(Config):
     inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> "MetaTestConfig":
+        if self.inner.schedule != "constant" or self.inner.warmup:
+            raise ValueError("inner.schedule and inner.warmup belong to meta-training's episodes; set schedule instead")
+        return self
 
 
 @dataclass(frozen=True)

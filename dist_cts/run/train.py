@@ -122,10 +122,10 @@ def _announce(
     log_rank0(f"{config.algorithm}: {evaluations:g} gradient evaluations per task and meta-update")
     if warning := algorithm.cost_note(K):
         log_rank0(f"{config.algorithm} {warning}")
-    if config.algorithm == "cts" and config.inner.optimizer == "adam":
+    if config.algorithm == "cts" and config.inner.optimizer.startswith("adam"):
         log_rank0(
-            "warning: inner.optimizer=adam: the error of the shift is not bounded and the paper found much worse "
-            "initializations (supplement A); consider inner.optimizer=sgd, which has momentum"
+            f"warning: inner.optimizer={config.inner.optimizer}: the error of the shift is not bounded and the paper "
+            "found much worse initializations (supplement A); consider inner.optimizer=sgd, which has momentum"
         )
     if config.placement != "even":
         log_rank0(describe_assignment(placement.assignment, config.task_names, costs))

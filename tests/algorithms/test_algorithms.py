@@ -12,7 +12,7 @@ from dist_cts.distributed.placement import place
 from dist_cts.distributed.process_group import process_group
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.flat import load_named
-from dist_cts.learner import InnerConfig, TaskLearner
+from dist_cts.learner import InnerConfig, TaskLearner, inner_schedule
 from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
 from dist_cts.progress import Progress
@@ -26,7 +26,7 @@ TINY = ModelConfig(name="tiny", width=0.5)
 INNER = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 LAM, CG = 10.0, 4  # lambda above the largest negative curvature, so that conjugate gradient is well posed
 
-# name -> algorithm, beta, options of MethodConfig, options of the reference
+# name -> algorithm, beta, options of MethodConfig, options of the reference, what differs in the inner optimizer
 CASES = {
     "cts": ("cts", 0.5, {}, {}),
     "cts every 2": ("cts", 0.5, {"shift_every": 2}, {"every": 2}),
@@ -46,6 +46,16 @@ CASES = {
     "imaml": ("imaml", 0.1, {"imaml": {"lam": LAM, "cg_iterations": CG}}, {"lam": LAM, "iterations": CG}),
     "leap": ("leap", 0.1, {}, {}),
     "mtl": ("mtl", 1.0, {}, {}),
+    "clipped, cosine": ("cts", 0.5, {}, {}, {"clip": 0.5, "schedule": "cosine"}),
+    "warm-up, linear": ("accurate", 0.5, {}, {}, {"warmup": 2, "schedule": "linear"}),
+    "clipped imaml": (
+        "imaml",
+        0.1,
+        {"imaml": {"lam": LAM, "cg_iterations": CG}},
+        {"lam": LAM, "iterations": CG},
+        {"clip": 0.5},
+    ),
+    "adamw, warm-up": ("cts", 0.5, {}, {}, {"optimizer": "adamw", "lr": 0.005, "weight_decay": 0.1, "warmup": 2}),
 }
 
 
@@ -58,12 +68,18 @@ def phi_zero():
     return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("fc.")}
 
 
+def inner_of(case):
+    return INNER | dict(*CASES[case][4:])
+
+
 def make_learners(tasks, inner=INNER):
-    return [TaskLearner(str(t), *make_model(t), MemoryBatches(t, classes=3 + t), InnerConfig(**inner)) for t in tasks]
+    inner = InnerConfig(**inner)
+    options = {"schedule": inner_schedule(inner, K)}
+    return [TaskLearner(str(t), *make_model(t), MemoryBatches(t, classes=3 + t), inner, **options) for t in tasks]
 
 
 def make(case):
-    name, beta, options, _ = CASES[case]
+    name, beta, options, *_ = CASES[case]
     return make_algorithm(name, MethodConfig(**options), inner_steps=K, meta_lr=beta, seed=SEED)
 
 
@@ -91,7 +107,7 @@ def train_all(rank, world_size):
     """phi by every method, on this rank."""
     placement, phis = place(T, world_size, rank), {}
     for case in CASES:
-        learners = make_learners(placement.local_tasks)
+        learners = make_learners(placement.local_tasks, inner_of(case))
         phi = start(learners)
         run(case, placement, phi, learners, Progress(K))
         phis[case] = named(learners[0], phi)
@@ -104,13 +120,13 @@ def direction(step):
 
 
 def oracle(case):
-    name, beta, _, options = CASES[case]
+    name, beta, _, options, *_ = CASES[case]
     batches = [MemoryBatches(task, classes=3 + task) for task in range(T)]
     return reference(
         phi_zero(),
         [make_model(task)[0] for task in range(T)],
         lambda task, step: batches[task].batch_at(step),
-        INNER,
+        inner_of(case),
         beta=beta,
         M=M,
         K=K,
@@ -143,17 +159,17 @@ def alone():
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_episode_interrupted_after_its_second_step_resumes_bit_identically(alone, case):
-    uninterrupted = make_learners(range(T))
+    uninterrupted = make_learners(range(T), inner_of(case))
     expected = start(uninterrupted)
     run(case, alone, expected, uninterrupted, Progress(K))
 
-    before, progress = make_learners(range(T)), Progress(K)
+    before, progress = make_learners(range(T), inner_of(case)), Progress(K)
     phi = start(before)
     run(case, alone, phi, before, progress, stop_at=K + 2)
-    after = make_learners(range(T))
+    after = make_learners(range(T), inner_of(case))
     for learner, state in zip(after, [learner.state_dict() for learner in before], strict=True):
         learner.load_state_dict({name: value.clone() for name, value in state.items()})
-        learner.batches.seek(progress.step)
+        learner.seek(progress.step)
     run(case, alone, phi, after, Progress(K, progress.step))
     assert torch.equal(phi, expected)
 

@@ -1,6 +1,7 @@
 """Reference implementation of Algorithms 1 and 2: per parameter, in one process, without code of dist_cts."""
 
 import copy
+import math
 from itertools import pairwise
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 def optimizer_for(model, inner):
     options = {"lr": inner["lr"], "weight_decay": inner.get("weight_decay", 0.0), "foreach": False}
-    if inner["optimizer"] == "adam":
-        return torch.optim.Adam(model.parameters(), betas=(inner.get("momentum", 0.9), 0.999), **options)
+    if inner["optimizer"] in ("adam", "adamw"):
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[inner["optimizer"]]
+        return kind(model.parameters(), betas=(inner.get("momentum", 0.9), 0.999), **options)
     nesterov = inner["optimizer"] == "nesterov"
     return torch.optim.SGD(model.parameters(), momentum=inner.get("momentum", 0.0), nesterov=nesterov, **options)
 
@@ -23,8 +25,19 @@ def loss_of(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def sgd_step(model, optimizer, batch, head, pull=lambda name, p: 0):
+def lr_at(inner, k, K):
+    """alpha at the inner step with index k = 0 .. K - 1."""
+    warmup = inner.get("warmup", 0)
+    if k < warmup:
+        return inner["lr"] * (k + 1) / (warmup + 1)
+    angle = math.pi * (k - warmup) / (K - warmup)
+    share = {"constant": 1, "linear": 1 - angle / math.pi, "cosine": math.cos(angle / 2) ** 2}
+    return inner["lr"] * share[inner.get("schedule", "constant")]
+
+
+def sgd_step(model, optimizer, batch, head, lr, clip=0, pull=lambda name, p: 0):
     """One inner step; returns the point before it: theta, its loss and its gradient."""
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     loss = loss_of(model, batch)
     loss.backward()
@@ -36,6 +49,8 @@ def sgd_step(model, optimizer, batch, head, pull=lambda name, p: 0):
     )
     for name, p in body.items():
         p.grad += pull(name, p.detach())
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return point
 
@@ -91,6 +106,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
     body = [body_of(model, head) for model in models]
+    clip = inner.get("clip", 0)
     once = algorithm in ("reptile", "fomaml", "fomaml++", "imaml", "leap")
     every = K if once else options.get("every", 1)
     step = 0
@@ -106,7 +122,9 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
 
         for k in range(1, K + 1):
             for task, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                paths[task].append(sgd_step(model, optimizer, batches(task, step), head, pull))
+                paths[task].append(
+                    sgd_step(model, optimizer, batches(task, step), head, lr_at(inner, k - 1, K), clip, pull)
+                )
             step += 1
             if k % every:
                 continue
@@ -140,6 +158,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                     elif algorithm == "mtl" or (algorithm == "accurate" and k < K):
                         p.data.copy_(phi[name])
                 if algorithm == "accurate" and k < K:
-                    for replayed in range(step - k, step):
-                        sgd_step(models[task], optimizers[task], batches(task, replayed), head)
+                    for i in range(k):
+                        batch, lr = batches(task, step - k + i), lr_at(inner, i, K)
+                        sgd_step(models[task], optimizers[task], batch, head, lr, clip)
     return phi

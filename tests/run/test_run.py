@@ -92,6 +92,15 @@ def test_strong_augmentation_resumes_with_the_same_batches(train, config, tmp_pa
     assert expected["a.labels"].is_floating_point()
 
 
+def test_schedules_clipping_and_adamw_resume_bit_identically(train, config, tmp_path):
+    shipped = load(TrainConfig, find("schedules"))
+    update = {"inner": shipped.inner.model_copy(update={"warmup": 2}), "algorithm": "reptile", "episodes": 2}
+    config = config.model_copy(update=update)
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
+    assert train(config, K + 3)[0] == STOPPED
+    assert_same(train(config)[1], expected)
+
+
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):
     _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     evaluate = Hooks.evaluate

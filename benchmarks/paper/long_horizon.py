@@ -30,10 +30,12 @@ OTHERS = ("leap", "fomaml++", "fomaml", "imaml")
 FINE_LRS = (0.01, 0.03, 0.1)  # of the meta-test, tuned with random initialization on the validation tasks
 SNAPSHOT_SEEDS = 3
 TUNE_SEED = 100  # and the next one; main runs use other seeds
-JOINT = 1.0  # the beta of joint training
 EXTENSIONS = 3  # maximum number of decades that a scan may add
 PILOT_SEED = 200
+LAMBDAS = (0.02, 0.2, 2, 20, 200)  # of iMAML, scanned together with beta
 Stage = tuple[str, list[tuple[str, int]], list[int]]  # tune or main, (method, K) of each run, and the seeds of main
+Setting = tuple[float, tuple[str, ...]]  # beta and further options of a method
+JOINT: Setting = (1.0, ())  # joint training's
 
 
 def score(record: dict) -> float:
@@ -48,25 +50,35 @@ def grid(method: str) -> list[float]:
     return [float(f"1e{exponent}") for exponent in range(low, low + 5)]
 
 
-def tune(submit: Callable[[Run], Future], method: str, K: int) -> float:
-    """The beta of a method and K by the protocol: decades, extended while the best is an edge; then its neighbours."""
+def options(method: str) -> list[tuple[str, ...]]:
+    """What is scanned together with beta."""
+    return [(f"method.imaml.lam={value:g}",) for value in LAMBDAS] if method == "imaml" else [()]
 
-    def scores(betas: Sequence[float], seed: int) -> dict[float, float]:
-        runs = [submit(Run(method, K, beta, seed, "tune")) for beta in betas]
-        return {beta: score(run.result()) for beta, run in zip(betas, runs, strict=True)}
 
-    found = scores(grid(method), TUNE_SEED)
+def tune(submit: Callable[[Run], Future], method: str, K: int) -> Setting:
+    """A method's setting at K by the protocol: decades, extended while the best is an edge; then its neighbours."""
+
+    def scores(settings: Sequence[Setting], seed: int) -> dict[Setting, float]:
+        runs = [submit(Run(method, K, beta, seed, "tune", options=more)) for beta, more in settings]
+        return {setting: score(run.result()) for setting, run in zip(settings, runs, strict=True)}
+
+    found = scores([(beta, more) for more in options(method) for beta in grid(method)], TUNE_SEED)
     for _ in range(EXTENSIONS):
-        if (best := max(found, key=found.__getitem__)) not in (min(found), max(found)):
+        beta, more = max(found, key=found.__getitem__)
+        tried = [value for value, other in found if other == more]
+        if beta not in (min(tried), max(tried)):
             break
-        further = best / 10 if best == min(found) else best * 10
-        found |= scores([float(f"{further:.0e}")], TUNE_SEED)
-    best = max(found, key=found.__getitem__)
-    candidates = [float(f"{best * factor:.0e}") for factor in (0.3, 1, 3)]
-    found |= scores([beta for beta in candidates if beta not in found], TUNE_SEED)
+        further = beta / 10 if beta == min(tried) else beta * 10
+        found |= scores([(float(f"{further:.0e}"), more)], TUNE_SEED)
+    beta, more = max(found, key=found.__getitem__)
+    if method in ("fomaml", "imaml"):
+        found |= scores([(beta, (*more, "method.gradient_batch=next"))], TUNE_SEED)
+        beta, more = max(found, key=found.__getitem__)
+    candidates = [(float(f"{beta * factor:.0e}"), more) for factor in (0.3, 1, 3)]
+    found |= scores([setting for setting in candidates if setting not in found], TUNE_SEED)
     again = scores(candidates, TUNE_SEED + 1)
-    chosen = max(candidates, key=lambda beta: found[beta] + again[beta])
-    print(f"{method}, K = {K}: beta {chosen:g}", flush=True)
+    chosen = max(candidates, key=lambda setting: found[setting] + again[setting])
+    print(f"{method}, K = {K}: beta {chosen[0]:g} {' '.join(more)}".rstrip(), flush=True)
     return chosen
 
 
@@ -99,19 +111,16 @@ class Queue:
 
 
 def plan(horizons: Sequence[int], untuned: Sequence[str], seeds: int, main_seeds: int) -> list[Stage]:
-    """The stages in order, such that partial results are balanced over the methods."""
-    main_K = horizons[0]
+    """The stages in order: first the contrasts at the first K, then the other K, further seeds, the other methods."""
     stages: list[Stage] = []
     for K in horizons:
         methods = [(method, K) for method in COMPARED]
-        stages += [("tune", methods, []), ("main", methods, [0])]
-        if main_K == K:
-            stages.append(("main", [(method, K) for method in untuned], [0]))
-    everything = [(method, K) for K in horizons for method in COMPARED] + [(method, main_K) for method in untuned]
-    stages += [("main", everything, [seed]) for seed in range(1, seeds)]
-    stages += [("main", [(method, main_K) for method in COMPARED], [seed]) for seed in range(seeds, main_seeds)]
-    others = [(method, main_K) for method in OTHERS]
-    return [*stages, ("tune", others, []), ("main", others, [0])]
+        stages += [("tune", methods, []), ("main", methods, list(range(seeds)))]
+        if horizons[0] == K:
+            stages.append(("main", [(method, K) for method in untuned], list(range(seeds))))
+    main = [(method, horizons[0]) for method in COMPARED]
+    others = [(method, horizons[0]) for method in OTHERS]
+    return [*stages, ("main", main, list(range(seeds, main_seeds))), ("tune", others, []), ("main", others, [0])]
 
 
 def check_pilot(record: dict, classes: dict[str, int]) -> None:
@@ -140,16 +149,14 @@ def run_stages(study: Study, stages: list[Stage], queue: "Queue") -> None:
     """Runs the protocol in order; finished runs are read from their files."""
     pilot = queue.submit(pilot_run(study)).result()
     check_pilot(pilot, {name: _classes(study, name) for name in pilot["loss"]})
-    betas: dict[tuple[str, int], float] = {}
+    settings: dict[tuple[str, int], Setting] = {}
     for kind, cells, seeds in stages:
         if kind == "tune":
             with ThreadPoolExecutor(len(cells)) as threads:
                 found = list(threads.map(lambda cell: tune(queue.submit, *cell), cells))
-            betas |= dict(zip(cells, found, strict=True))
+            settings |= dict(zip(cells, found, strict=True))
             continue
-        runs = [
-            main_run(study, method, K, betas.get((method, K), JOINT), seed) for seed in seeds for method, K in cells
-        ]
+        runs = [main_run(study, *cell, settings.get(cell, JOINT), seed) for seed in seeds for cell in cells]
         for future in [queue.submit(run) for run in runs]:
             future.result()
 
@@ -158,19 +165,19 @@ def pilot_run(study: Study) -> Run:
     return Run("reptile", study.horizons[0], 1.0, PILOT_SEED, "pilot")
 
 
-def main_run(study: Study, method: str, K: int, beta: float, seed: int) -> Run:
+def main_run(study: Study, method: str, K: int, setting: Setting, seed: int) -> Run:
     along = method in COMPARED and study.horizons[0] == K and seed < SNAPSHOT_SEEDS
-    return Run(method, K, beta, seed, snapshots=along)
+    return Run(method, K, setting[0], seed, snapshots=along, options=setting[1])
 
 
 def planned_steps(study: Study, stages: list[Stage]) -> int:
-    """Inner steps of the whole study, with ten tuning runs for each beta."""
+    """Inner steps of the whole study, with ten tuning runs for each beta, and five more for each further option."""
     total = study.cost(pilot_run(study))
     for kind, cells, seeds in stages:
         for method, K in cells:
             if kind == "tune":
-                total += 10 * study.cost(Run(method, K, 1.0, TUNE_SEED, "tune"))
-            total += sum(study.cost(main_run(study, method, K, 1.0, seed)) for seed in seeds)
+                total += (5 + 5 * len(options(method))) * study.cost(Run(method, K, 1.0, TUNE_SEED, "tune"))
+            total += sum(study.cost(main_run(study, method, K, JOINT, seed)) for seed in seeds)
     return total
 
 

@@ -13,13 +13,24 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.paper.figures import RESULTS, save
-from benchmarks.paper.long_horizon_report import COMPARED, FOLDER, LOOKS, MAIN_K, Records, endpoint, endpoints, read
+from benchmarks.paper.long_horizon_report import (
+    COMPARED,
+    FOLDER,
+    LOOKS,
+    MAIN_K,
+    Records,
+    Value,
+    control,
+    endpoint,
+    endpoints,
+    read,
+)
 from dist_cts.run.report import interval
 
 
 def draw_fig6(records: Records, out: Path) -> None:
-    """(a) training loss at K = 1000, (b) the endpoint of every method there, (c) the endpoint over K."""
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    """(a) training loss at K = 1000, (b) the endpoint of every method there, (c, d) endpoint and control over K."""
+    fig, (a, b, c, d) = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     curves, bars = {}, {}
     for method, (label, colour) in LOOKS.items():
         runs = [run for run in records.main.get((method, MAIN_K), {}).values() if "loss" in run]
@@ -40,36 +51,35 @@ def draw_fig6(records: Records, out: Path) -> None:
     a.legend()
     _bars(b, bars)
     b.set_title(f"(b) four targets, $K = {MAIN_K}$")
-    by_K = {
-        method: {
-            K: interval(list(endpoints(records, (name, K)).values()))
+    by_K = {"endpoint_by_K": _over_K(c, records, endpoint), "control_by_K": _over_K(d, records, control)}
+    c.set_title("(c) four targets")
+    d.set_title("(d) unseen classes of TinyImageNet")
+    save(
+        fig, out, "long_horizon_fig6", {"curves": curves, "endpoint": {m: value[0] for m, value in bars.items()}} | by_K
+    )
+
+
+def _over_K(ax: Axes, records: Records, value: Value) -> dict[str, dict[int, float]]:
+    """Draws the mean and 95 % interval of `value` over K and returns the means."""
+    means: dict[str, dict[int, float]] = {}
+    for method in COMPARED:
+        points = {
+            K: interval(list(endpoints(records, (name, K), value).values()))
             for name, K in sorted(records.main)
             if name == method
         }
-        for method in COMPARED
-    }
-    for method, points in by_K.items():
         if points:
-            mean, half = np.array(list(points.values())).T
-            c.errorbar(
-                list(points),
-                mean,
-                np.nan_to_num(half),
-                label=LOOKS[method][0],
-                color=LOOKS[method][1],
-                marker="o",
-                ms=4,
-                capsize=2,
-            )
-    c.set(xscale="log", title="(c) the same over $K$", xlabel="$K$ of the meta-training", ylabel="test accuracy (%)")
-    c.legend()
-    numbers = {method: {K: value[0] for K, value in points.items()} for method, points in by_K.items()}
-    save(
-        fig,
-        out,
-        "long_horizon_fig6",
-        {"curves": curves, "endpoint": {m: value[0] for m, value in bars.items()}, "endpoint_by_K": numbers},
-    )
+            _error_bars(ax, method, list(points), list(points.values()))
+            means[method] = {K: mean for K, (mean, _) in points.items()}
+    ax.set(xscale="log", xlabel="$K$ of the meta-training", ylabel="test accuracy (%)")
+    ax.legend()
+    return means
+
+
+def _error_bars(ax: Axes, method: str, x: list, intervals: list[tuple[float, float]]) -> None:
+    mean, half = np.array(intervals).T
+    label, colour = LOOKS[method]
+    ax.errorbar(x, mean, np.nan_to_num(half), label=label, color=colour, marker="o", ms=4, capsize=2)
 
 
 def draw_fig7(records: Records, out: Path) -> None:
@@ -82,18 +92,9 @@ def draw_fig7(records: Records, out: Path) -> None:
             continue
         steps = [*map(int, runs[0]["snapshots"]), runs[0]["steps"][-1]]
         values = [[*map(endpoint, run["snapshots"].values()), endpoint(run["accuracy"])] for run in runs]
-        mean, half = np.array([interval(list(column)) for column in zip(*values, strict=True)]).T
-        ax.errorbar(
-            steps,
-            mean,
-            np.nan_to_num(half),
-            label=LOOKS[method][0],
-            color=LOOKS[method][1],
-            marker="o",
-            ms=4,
-            capsize=2,
-        )
-        curves[method] = {"steps_per_task": steps, "accuracy": mean.tolist()}
+        points = [interval(list(column)) for column in zip(*values, strict=True)]
+        _error_bars(ax, method, steps, points)
+        curves[method] = {"steps_per_task": steps, "accuracy": [mean for mean, _ in points]}
     ax.set(xscale="log", xlabel="inner steps per task in meta-training", ylabel="four targets (%)")
     ax.legend()
     save(fig, out, "long_horizon_fig7", {"curves": curves})

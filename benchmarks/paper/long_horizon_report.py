@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.paper.figures import BLUE, GREEN, ORANGE, PURPLE, RED, RESULTS
+from benchmarks.paper.long_horizon_runs import shown
 from dist_cts.run.report import interval
 
 FOLDER = RESULTS / "long_horizon"
@@ -34,14 +35,15 @@ LOOKS = {
     "random": ("random initialization", "#CCCCCC"),
 }
 Cell = tuple[str, int]  # method, K
+Value = Callable[[Mapping[str, Sequence[float]]], float]  # of accuracies in % by target and meta-test seed
 
 
 @dataclass
 class Records:
-    """The finished runs: main ones by (method, K) and seed, tuning ones by (method, K), beta and seed."""
+    """The finished runs: main ones by (method, K) and seed, tuning ones by (method, K), setting and seed."""
 
     main: dict[Cell, dict[int, dict]] = field(default_factory=lambda: defaultdict(dict))
-    tune: dict[Cell, dict[float, dict[int, dict]]] = field(
+    tune: dict[Cell, dict[tuple[float, str], dict[int, dict]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
     random: dict | None = None
@@ -59,7 +61,8 @@ def read(folder: Path) -> Records:
         if run["kind"] == "main":
             records.main[cell][run["seed"]] = record
         elif run["kind"] == "tune":
-            records.tune[cell][run["beta"]][run["seed"]] = record
+            options = ", ".join(map(shown, run.get("options", ())))
+            records.tune[cell][run["beta"], options][run["seed"]] = record
     return records
 
 
@@ -68,10 +71,15 @@ def endpoint(accuracy: Mapping[str, Sequence[float]]) -> float:
     return float(np.mean([np.mean(seeds) for target, seeds in accuracy.items() if target != CONTROL]))
 
 
-def endpoints(records: Records, cell: Cell) -> dict[int, float]:
-    """Endpoint by seed; diverged runs are left out."""
+def control(accuracy: Mapping[str, Sequence[float]]) -> float:
+    """Mean accuracy in % on unseen classes of a meta-training task."""
+    return float(np.mean(accuracy[CONTROL]))
+
+
+def endpoints(records: Records, cell: Cell, value: Value = endpoint) -> dict[int, float]:
+    """Endpoint, or another `value`, by seed; diverged runs are left out."""
     runs = records.main.get(cell, {})
-    return {seed: endpoint(record["accuracy"]) for seed, record in runs.items() if "accuracy" in record}
+    return {seed: value(record["accuracy"]) for seed, record in runs.items() if "accuracy" in record}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -131,8 +139,8 @@ def table_progress(records: Records) -> Iterable[Sequence[str]]:
     yield "", "finished", "of"
     yield (
         "runs that tune β",
-        str(sum(len(seeds) for betas in records.tune.values() for seeds in betas.values())),
-        "about 160",
+        str(sum(len(seeds) for tried in records.tune.values() for seeds in tried.values())),
+        "about 180",
     )
     yield "main runs", str(sum(map(len, records.main.values()))), "69"
 
@@ -140,16 +148,16 @@ def table_progress(records: Records) -> Iterable[Sequence[str]]:
 def table_beta(records: Records) -> Iterable[Sequence[str]]:
     """Every beta that was tried."""
     yield "method, K", "β: validation accuracy in % (seed 100; seed 101)"
-    for (method, K), betas in sorted(
+    for (method, K), tried in sorted(
         records.tune.items(), key=lambda item: (-item[0][1], list(LOOKS).index(item[0][0]))
     ):
         cells = []
-        for beta, seeds in sorted(betas.items()):
+        for (beta, options), seeds in sorted(tried.items()):
             values = [
                 f"{np.mean(list(record['accuracy'].values())):.1f}" if "accuracy" in record else "diverged"
                 for _, record in sorted(seeds.items())
             ]
-            cells.append(f"{beta:g}: {'; '.join(values)}")
+            cells.append(f"{beta:g}{options and f' ({options})'}: {'; '.join(values)}")
         yield f"{LOOKS[method][0]}, {K}", " · ".join(cells)
 
 
@@ -158,24 +166,15 @@ def table_endpoint(records: Records) -> Iterable[Sequence[str]]:
     yield "method", "K", "β", "meta-updates", "seeds", "four targets, %", "TinyImageNet's classes, %"
     if records.random is not None:
         accuracy = records.random["accuracy"]
-        yield (
-            LOOKS["random"][0],
-            "",
-            "",
-            "0",
-            "",
-            _shown(endpoint(accuracy), math.nan),
-            f"{np.mean(accuracy[CONTROL]):.1f}",
-        )
+        yield LOOKS["random"][0], "", "", "0", "", f"{endpoint(accuracy):.1f}", f"{control(accuracy):.1f}"
     for (method, K), runs in sorted(
         records.main.items(), key=lambda item: (-item[0][1], list(LOOKS).index(item[0][0]))
     ):
-        values = list(endpoints(records, (method, K)).values())
-        control = [float(np.mean(run["accuracy"][CONTROL])) for run in runs.values() if "accuracy" in run]
+        columns = [list(endpoints(records, (method, K), value).values()) for value in (endpoint, control)]
         first = next(iter(runs.values()))
-        shown = [_shown(*interval(column)) if column else "diverged" for column in (values, control)]
+        shown = [_shown(*interval(column)) if column else "diverged" for column in columns]
         beta = f"{first['run']['beta']:g}" if method in (*COMPARED, *ONCE) else ""
-        yield LOOKS[method][0], str(K), beta, f"{meta_updates(first):,}", str(len(values)), *shown
+        yield LOOKS[method][0], str(K), beta, f"{meta_updates(first):,}", str(len(columns[0])), *shown
 
 
 def table_contrasts(records: Records) -> Iterable[Sequence[str]]:

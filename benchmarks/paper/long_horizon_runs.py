@@ -19,8 +19,6 @@ from dist_cts.run.exit_codes import STOPPED
 from dist_cts.run.meta_test import MetaTestConfig, meta_test
 from dist_cts.run.train import train
 
-EXTRA = {"imaml": ("method.imaml.lam=2",)}  # lambda has to exceed the Hessian's most negative eigenvalue
-
 
 @dataclass(frozen=True)
 class Run:
@@ -32,10 +30,18 @@ class Run:
     seed: int
     kind: str = "main"  # main: meta-test on the targets; tune: on the validation tasks; pilot: none
     snapshots: bool = False  # also meta-test phi at 1/6, 1/3 and 2/3 of the steps: Figure 7
+    options: tuple[str, ...] = ()  # further overrides of the meta-training, such as method.imaml.lam=2
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.method}-K{self.K}-beta{self.beta:g}-seed{self.seed}"
+        options = "".join(f"-{shown(option)}" for option in self.options)
+        return f"{self.kind}-{self.method}-K{self.K}-beta{self.beta:g}{options}-seed{self.seed}"
+
+
+def shown(option: str) -> str:
+    """An override without its sections: lam=0.2 for method.imaml.lam=0.2."""
+    key, _, value = option.partition("=")
+    return f"{key.rpartition('.')[2]}={value}"
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,7 @@ class Study:
         values = [f"algorithm={algorithm}", f"inner_steps={run.K}", f"episodes={steps // run.K}"]
         values += [f"meta_lr={run.beta}", f"seed={run.seed}", f"tasks={json.dumps(tasks)}", "log_every=100"]
         values += [f"run_dir={self.work / run.name}", f"snapshot_every={steps // 6 if run.snapshots else 0}"]
-        return load(
-            TrainConfig,
-            self.config,
-            [*values, "checkpoint.every_steps=1000", *EXTRA.get(algorithm, ()), *self.overrides],
-        )
+        return load(TrainConfig, self.config, [*values, "checkpoint.every_steps=1000", *run.options, *self.overrides])
 
     def testing(self, run: Run | None, **changes: Any) -> MetaTestConfig:
         """The resolved configuration of a run's meta-test; None: that of random initialization."""
@@ -154,7 +156,7 @@ def _compute(study: Study, run: Run) -> dict:
     torch.set_num_threads(1)
     config = study.training(run)
     study.work.mkdir(parents=True, exist_ok=True)
-    record = {"run": asdict(run)}
+    record = {"run": asdict(run) | {"options": list(run.options)}}
     with (study.work / f"{run.name}.log").open("a") as log, redirect_stderr(log), redirect_stdout(log):
         try:
             code = train(config)

@@ -48,8 +48,12 @@ def exact(learner: TaskLearner, phi: Tensor, delta: Tensor, progress: Progress) 
     The next inner step makes it U_(k+1)(phi), so inner step k costs k gradient evaluations. The last step of an episode
     replays nothing, because the reset would discard it.
     """
-    if progress.at_episode_start:
-        return
+    if not progress.at_episode_start:
+        replay_from(learner, phi, progress)
+
+
+def replay_from(learner: TaskLearner, phi: Tensor, progress: Progress) -> None:
+    """theta <- U_k(phi), from what `begin_exact` stored, with the batches of the episode's k steps so far."""
     start = {name.removeprefix("start."): value for name, value in learner.memory.items()}
     learner.load_state_dict(start)
     learner.theta.copy_(phi)

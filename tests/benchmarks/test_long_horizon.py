@@ -23,23 +23,27 @@ def study(tasks, tmp_path):
 
 
 def submitted(score):
-    """A queue whose runs have the validation accuracy `score(beta)`, and the runs that it got."""
+    """A queue whose runs have the validation accuracy `score(run)`, None if they diverge, and the runs that it got."""
     seen = []
 
     def submit(run):
         seen.append(run)
         future = Future()
-        value = score(run.beta)
+        value = score(run)
         future.set_result({} if value is None else {"accuracy": {"a": [value]}})
         return future
 
     return submit, seen
 
 
+def decades(value, best):
+    return -abs(math.log10(value / best))
+
+
 @pytest.mark.parametrize("best", [1e-4, 0.003, 0.1, 0.3, 30.0])
 def test_tuning_scans_four_decades_extends_at_an_edge_and_refines(best):
-    submit, seen = submitted(lambda beta: -abs(math.log10(beta / best)))
-    assert long_horizon.tune(submit, "cts", 1000) == best
+    submit, seen = submitted(lambda run: decades(run.beta, best))
+    assert long_horizon.tune(submit, "cts", 1000) == (best, ())
     betas = {run.beta for run in seen}
     assert {0.001, 0.01, 0.1, 1.0, 10.0} <= betas
     assert min(betas) < best < max(betas)
@@ -48,11 +52,24 @@ def test_tuning_scans_four_decades_extends_at_an_edge_and_refines(best):
 
 
 def test_a_diverged_beta_is_not_chosen():
-    submit, _ = submitted(lambda beta: None if beta > 0.05 else beta)
-    assert long_horizon.tune(submit, "cts", 1000) == 0.03
+    submit, _ = submitted(lambda run: None if run.beta > 0.05 else run.beta)
+    assert long_horizon.tune(submit, "cts", 1000) == (0.03, ())
 
 
-def test_partial_results_are_balanced_over_the_methods():
+@pytest.mark.parametrize("unseen", [True, False])
+def test_lambda_and_the_batch_of_the_meta_gradient_are_tuned_too(unseen, study):
+    def accuracy(run):
+        imaml = study.training(run).method
+        gain = 1 if (imaml.gradient_batch == "next") == unseen else 0
+        return decades(run.beta, 30) + decades(imaml.imaml.lam, 0.2) + gain
+
+    submit, seen = submitted(accuracy)
+    more = ("method.imaml.lam=0.2", *["method.gradient_batch=next"] * unseen)
+    assert long_horizon.tune(submit, "imaml", 4) == (30, more)
+    assert len({run.name for run in seen}) == len(seen) == 25 + 1 + 2 + 3
+
+
+def test_the_first_horizon_comes_before_the_others_and_seeds_are_balanced_over_the_methods():
     stages = long_horizon.plan([1000, 100], ["mtl"], seeds=2, main_seeds=3)
     runs = [
         (method, K, seed) for kind, cells, seeds in stages if kind == "main" for seed in seeds for method, K in cells
@@ -62,8 +79,8 @@ def test_partial_results_are_balanced_over_the_methods():
     for kind, cells, _ in stages:  # no run before its beta
         tuned |= set(cells) if kind == "tune" else set()
         assert kind == "tune" or set(cells) - {("mtl", 1000)} <= tuned
-    seeds = [seed for method, _, seed in runs if method in long_horizon.COMPARED]
-    assert seeds == sorted(seeds)
+    assert runs[:8] == [(method, 1000, seed) for seed in (0, 1) for method in long_horizon.COMPARED]
+    assert runs[8:10] == [("mtl", 1000, 0), ("mtl", 1000, 1)]
 
 
 def test_a_finished_run_is_read_and_other_settings_are_refused(study):
@@ -146,3 +163,5 @@ def test_every_table_and_figure_is_made_of_partial_results(tmp_path):
     for name in ("fig6", "fig7", "fig8"):
         getattr(long_horizon_figures, f"draw_{name}")(found, tmp_path / "out")
         assert (tmp_path / "out" / f"long_horizon_{name}.png").stat().st_size > 1000
+    by_K = json.loads((tmp_path / "out" / "long_horizon_fig6.json").read_text())["control_by_K"]
+    assert by_K["cts"] == {"100": 0, "1000": 0}

@@ -1,0 +1,68 @@
+"""Supplement C.2: does it matter what an episode resets besides theta? CTS at K = 100 with each choice, paired by seed.
+
+    python benchmarks/paper/resets.py data.root=data/long_horizon
+
+Meta-training and meta-test are those of the long-horizon study, but shorter: --steps per task, then 500 steps on its
+four targets. A finished run is one JSON file in --results. `reset.statistics` is not among the choices: running
+statistics are used in evaluation alone, so phi has the same bits with and without it (a test says so).
+"""
+
+import argparse
+import os
+from concurrent.futures import Future
+from pathlib import Path
+
+from benchmarks.paper.figures import RESULTS
+from benchmarks.paper.long_horizon import Queue
+from benchmarks.paper.long_horizon_runs import Run, Study
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = RESULTS / "resets"
+TARGETS = ("kmnist", "sign-language-digits", "georgian", "icons")
+RESETS = {
+    "nothing": (),
+    "head": ("reset.head=true",),
+    "optimizer": ("reset.optimizer=true",),
+    "both": ("reset.head=true", "reset.optimizer=true"),
+}
+K, BETA = 100, 0.1  # the paper's beta for this K
+
+
+def runs(seeds: int) -> list[Run]:
+    """Every choice of the first seed, then of the next one."""
+    return [Run("cts", K, BETA, seed, "tune", options=more) for seed in range(seeds) for more in RESETS.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long_horizon.yaml")
+    parser.add_argument("--meta-test", type=Path, default=ROOT / "configs" / "long_horizon_meta_test.yaml")
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "resets", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the finished runs' JSON files")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, one process and thread each")
+    parser.add_argument("--steps", type=int, default=1000, help="inner steps per task of a run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training and meta-test")
+    args = parser.parse_intermixed_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    study = Study(
+        args.config,
+        args.meta_test,
+        tuple(args.targets),
+        args.work,
+        args.results,
+        args.steps,
+        args.steps,
+        (K,),
+        tuple(args.overrides),
+    )
+    wanted = runs(args.seeds)
+    queue = Queue(study, args.workers, sum(map(study.cost, wanted)))
+    submitted: list[Future] = [queue.submit(run) for run in wanted]
+    for future in submitted:
+        future.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dist_cts.config import Config
 from dist_cts.flat import FlatParams
+from dist_cts.losses import CROSS_ENTROPY, Loss
 from dist_cts.schedules import DECAY_HELP, Decay, decay
 
 Batch = tuple[Any, Tensor]  # inputs: a tensor, or a tuple or dict of tensors, the model's argument; and targets
-Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Sees a learner between gradient and update, when theta_(k-1), its `loss` and its `flat.grad` belong together.
 Observe = Callable[["TaskLearner"], None]
 
@@ -94,17 +94,6 @@ def inner_schedule(config: InnerConfig, K: int) -> Callable[[int], float] | None
     return factor
 
 
-def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy and accuracy, both means over the batch, of logits [B, C] and int64 labels [B].
-
-    Labels may also be class probabilities, float [B, C]; the most probable class then counts as the correct one.
-    """
-    loss = nn.functional.cross_entropy(logits.float(), labels)
-    if labels.is_floating_point():
-        labels = labels.argmax(1)
-    return loss, (logits.detach().argmax(1) == labels).float().mean()
-
-
 def make_schedule(
     optimizer: torch.optim.Optimizer, name: str, steps: int, factor: float = 0.2
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -134,7 +123,7 @@ class TaskLearner:
         *,
         reset: ResetConfig | None = None,
         schedule: Callable[[int], float] | None = None,
-        criterion: Criterion = classification,
+        criterion: Loss = CROSS_ENTROPY,
         autocast: torch.dtype | None = None,
         data_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -152,7 +141,7 @@ class TaskLearner:
         self.loss = torch.zeros((), device=self.theta.device)  # of the latest inner step, before its update
         self.batch: Batch | None = None  # of the latest inner step
         self._peeked: Batch | None = None
-        # Inner steps, loss, accuracy and non-finite updates, summed on the device since the last reduction.
+        # Inner steps, loss, metric and non-finite updates, summed on the device since the last reduction.
         self.counters = torch.zeros(4, device=self.theta.device)
         self._one = torch.ones((), device=self.theta.device)
         self.graphed_step: Callable[[], None] | None = None  # set by step_graph.py
@@ -190,8 +179,8 @@ class TaskLearner:
 
     def step_on(self, batch: Batch, observe: Observe | None = None) -> None:
         """An inner step on `batch`, counted. Work of the device alone: a CUDA graph may record it."""
-        accuracy = self._descend(batch, observe)
-        self.counters[:3].add_(torch.stack((self._one, self.loss, accuracy)))
+        metric = self._descend(batch, observe)
+        self.counters[:3].add_(torch.stack((self._one, self.loss, metric)))
 
     def replay(self, first_step: int, steps: int) -> None:
         """Repeats `steps` inner steps on the batches from global step `first_step`; the counters ignore them."""
@@ -216,18 +205,21 @@ class TaskLearner:
 
     @torch.enable_grad()
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Differentiable loss, and accuracy, of this rank's share of a batch, in training mode."""
+        """Differentiable loss, and metric (0 if it is pooled), of this rank's share of a batch, in training mode."""
         inputs, targets = batch
-        with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
-            outputs = self.model(inputs)
-        return self.criterion(outputs, targets)
+        outputs, metric = self._forward(inputs), self.criterion.metric
+        loss = self.criterion.function(outputs, targets)
+        if metric is None or metric.pooled:
+            return loss, torch.zeros_like(self._one)
+        with torch.no_grad():
+            return loss, metric.function(outputs, targets)
 
     def compute_gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`flat.grad` <- grad L(theta) on a batch; returns loss and accuracy of this rank's share."""
-        loss, accuracy = self.compute_loss(batch)
+        """`flat.grad` <- grad L(theta) on a batch; returns loss and metric of this rank's share."""
+        loss, metric = self.compute_loss(batch)
         self.flat.differentiate(loss)
         self.group_mean(self.flat.grad)
-        return loss.detach(), accuracy
+        return loss.detach(), metric
 
     def group_mean(self, x: Tensor) -> Tensor:
         """`x` <- its mean over the data group, whose D ranks each have 1 / D of the batch."""
@@ -245,26 +237,34 @@ class TaskLearner:
             buffer.copy_(value)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, float]:
-        """Mean loss and accuracy (0 .. 1) over every example of `batches`, in evaluation mode."""
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean `loss` and metric, by its name, over every example of `batches` in evaluation mode; NaN without any."""
+        metric, pool = self.criterion.metric, []
+        total, count = torch.zeros(2, device=self.theta.device), 0
         self.model.eval()
-        total = torch.zeros(2, device=self.theta.device)
-        count = 0
         for inputs, targets in batches:
-            with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
-                outputs = self.model(inputs)
-            total += torch.stack(self.criterion(outputs, targets)) * len(targets)
+            outputs = self._forward(inputs)
+            values = [self.criterion.function(outputs, targets), torch.zeros_like(self._one)]
+            if metric is not None and metric.pooled:
+                pool.append((outputs.cpu(), targets.cpu()))
+            elif metric is not None:
+                values[1] = metric.function(outputs, targets)
+            total += torch.stack(values) * len(targets)
             count += len(targets)
         self.model.train()
-        loss, accuracy = (total / count).tolist()
-        return loss, accuracy
+        loss, value = (total / count).tolist()
+        if metric is None:
+            return {"loss": loss}
+        if pool:
+            value = float(metric.function(*map(torch.cat, zip(*pool, strict=True))))
+        return {"loss": loss, metric.name: metric.finish(value)}
 
     def flag_nonfinite(self, flag: Tensor) -> None:
         """Counts this step's update as excluded from the mean where the boolean `flag` [] is set."""
         self.counters[3:].add_(flag)
 
     def take_counters(self) -> Tensor:
-        """Inner steps, loss, accuracy and non-finite updates [4], summed since the last call."""
+        """Inner steps, loss, metric and non-finite updates [4], summed since the last call."""
         taken = self.counters.clone()
         self.counters.zero_()
         return taken
@@ -302,9 +302,15 @@ class TaskLearner:
             elif kind == "memory":
                 self.memory[name] = value.clone()
 
+    def _forward(self, inputs: Any) -> Tensor:
+        """The model's outputs; the loss is never computed in half precision."""
+        with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
+            outputs = self.model(inputs)
+        return outputs if self.autocast is None else outputs.float()
+
     def _descend(self, batch: Batch, observe: Observe | None = None) -> Tensor:
         self.batch = batch
-        self.loss, accuracy = self.compute_gradient(batch)
+        self.loss, metric = self.compute_gradient(batch)
         if observe is not None:
             observe(self)
         if self.inner.clip:
@@ -314,7 +320,7 @@ class TaskLearner:
             self.optimizer.param_groups[0]["lr"] = self.inner.lr * self.schedule(self.step)
         self.optimizer.step()
         self.step += 1
-        return accuracy
+        return metric
 
     def _clear_optimizer(self) -> None:
         for value in self.optimizer.state[self.parameter].values():

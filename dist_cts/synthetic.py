@@ -20,6 +20,7 @@ from dist_cts.distributed.process_group import process_group
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner, make_optimizer
+from dist_cts.losses import Loss
 from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
 from dist_cts.state import TrainState
@@ -180,7 +181,7 @@ def meta_train_point(
             NoBatches(),
             inner,
             reset=ResetConfig(optimizer=reset_optimizer),
-            criterion=lambda loss, _: (loss, torch.zeros(())),
+            criterion=Loss(lambda loss, _: loss),
         )
         for task in range(env.tasks)
     ]

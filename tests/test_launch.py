@@ -119,7 +119,7 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
     [
         (["innr.lr=1"], 2, "unknown key 'innr'; did you mean 'inner'?"),
         (["batch_size=x"], 2, "'batch_size' is 'x': Input should be a valid integer"),
-        (["algorithm=maml"], 2, "algorithm='maml': choose one of cts"),
+        (["algorithm=maml"], 2, "algorithm='maml': unknown; did you mean"),
         (["init=ResNet18_Weights.BEST"], 2, "torchvision has no weights ResNet18_Weights.BEST; see"),
         (["model.name=vgg"], 2, "model.name='vgg': choose one of resnet20"),
         (["tasks=[a, nothere]"], 2, "nothere/train.beton: file not found"),

@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dist_cts"
 FLOORS = (
     ("__init__",),
-    ("atomic", "config", "errors", "flat", "progress", "schedules", "seeds"),
+    ("atomic", "config", "errors", "flat", "progress", "registry", "schedules", "seeds"),
+    ("losses",),
     ("data", "learner", "models"),
     ("algorithms", "data.prepare", "distributed", "state"),
     ("checkpoint", "meta_train", "step_graph"),

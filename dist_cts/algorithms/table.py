@@ -1,9 +1,9 @@
-"""The table of algorithms: each row is a meta-gradient, a period and a shift."""
+"""The table of algorithms, open to your own: each row is a meta-gradient, a period and a shift."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -13,6 +13,7 @@ from dist_cts.algorithms.meta_gradients import GradientBatch, IMAMLConfig, LeapC
 from dist_cts.config import Config
 from dist_cts.learner import TaskLearner
 from dist_cts.progress import Progress
+from dist_cts.registry import check_options, lookup
 
 
 class MethodConfig(Config):
@@ -28,6 +29,7 @@ class MethodConfig(Config):
     )
     imaml: IMAMLConfig = IMAMLConfig()
     leap: LeapConfig = LeapConfig()
+    args: dict[str, Any] = Field({}, description="options of a method of your own")
 
 
 def _nothing(learner: TaskLearner) -> None:
@@ -122,7 +124,9 @@ def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:
     }
 
 
-ALGORITHMS = table(MethodConfig())
+# Open to rows of one's own: an Algorithm, or a function of `method.args` that returns one.
+ALGORITHMS: dict[str, Algorithm | Callable[..., Algorithm]] = {**table(MethodConfig())}
+_SHIPPED = dict(ALGORITHMS)
 
 
 def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr: float, seed: int) -> Algorithm:
@@ -131,9 +135,14 @@ def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr
     Raises:
         ValueError: unknown name or incompatible options.
     """
-    if name not in ALGORITHMS:
-        raise ValueError(f"algorithm={name!r}: choose one of {', '.join(ALGORITHMS)}")
-    row = table(method, seed)[name]
+    row = lookup("algorithm", name, ALGORITHMS)
+    if row is _SHIPPED.get(name):
+        row = table(method, seed)[name]
+    if isinstance(row, Algorithm) and method.args:
+        raise ValueError(f"method.args={method.args}: algorithm={name} takes no options of its own; leave it out")
+    if not isinstance(row, Algorithm):
+        check_options("method.args", row, method.args)
+        row = row(**method.args)
     for option in ("shift_every", "shift_scale", "meta_gradient", "gradient_batch"):
         value = getattr(method, option)
         if value is not None and option not in row.takes:

@@ -14,6 +14,8 @@ COMMANDS = {
     "synthetic": "run a method on the paper's synthetic tasks",
     "plot": "draw the training curves of runs",
 }
+IMPORT = """a module, or the path of a .py file, that registers models, losses, methods or datasets of your own;
+repeatable (docs/extending.md)"""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from dist_cts import config
+from dist_cts.commands import IMPORT
 from dist_cts.commands.demo import draw_missing
 from dist_cts.run.exit_codes import finish
 
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="PATH|NAME", required=True, help=config.HELP)
     parser.add_argument("--phi", action="append", default=[], metavar="[NAME=]SOURCE", help=PHI)
+    parser.add_argument("--import", action="append", default=[], dest="imports", metavar="MODULE", help=IMPORT)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a config key")
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         from dist_cts import MetaTestConfig
@@ -41,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> int:
         file = config.find(args.config)
         from dist_cts import MetaTestConfig, meta_test  # late, as torch takes seconds: typos answer at once
+        from dist_cts.run.imports import import_modules
 
+        import_modules(args.imports)
         settings = config.load(MetaTestConfig, file, args.overrides)
         draw_missing(file, settings.data.root, settings.targets)
         return meta_test(settings, args.phi, name=file.stem)

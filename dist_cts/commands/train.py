@@ -5,6 +5,7 @@ import os
 import sys
 
 from dist_cts import config
+from dist_cts.commands import IMPORT
 from dist_cts.commands.demo import DEMO, draw_missing
 from dist_cts.run.exit_codes import finish
 
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="PATH|NAME", help=CONFIG)
     parser.add_argument("--fresh", action="store_true", help="start from scratch; the old run folder becomes NAME.1")
+    parser.add_argument("--import", action="append", default=[], dest="imports", metavar="MODULE", help=IMPORT)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a config key")
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         from dist_cts import TrainConfig
@@ -46,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
             print("no --config given: training the demo, 8 small tasks drawn by dist_cts", file=sys.stderr, flush=True)
         file = DEMO if args.config is None else config.find(args.config)
         from dist_cts import TrainConfig, train  # late, as torch takes seconds: typos answer at once
+        from dist_cts.run.imports import import_modules
 
+        import_modules(args.imports)
         settings = config.load(TrainConfig, file, args.overrides)
         draw_missing(file, settings.data.root, settings.task_names)
         return train(settings.with_run_dir(file), args.fresh)

@@ -21,7 +21,7 @@ STEP_MODULUS = 4096  # fp32 sums step numbers below it exactly over up to 4,096 
 class Control:
     """What the ranks told each other in one reduction; the same on every rank.
 
-    `steps`, `loss`, `accuracy` [T]: per task, inner steps since the previous reduction and the means over them.
+    `steps`, `loss`, `metric` [T]: per task, inner steps since the previous reduction and the means over them.
     `wait_seconds` [W]: per rank, time spent waiting for data. `nonfinite`: indices of the tasks excluded from the mean.
     """
 
@@ -29,7 +29,7 @@ class Control:
     stop: bool
     steps: Tensor
     loss: Tensor
-    accuracy: Tensor
+    metric: Tensor
     wait_seconds: Tensor
     nonfinite: list[int]
 
@@ -38,7 +38,7 @@ class MetaReducer:
     """Mean over T tasks of vectors [N]: one buffer and one collective per call, for any number of tasks and ranks.
 
     The buffer holds the sum over this rank's learners, then the tail: stop request, step, wait seconds [W], and four
-    rows [4, T] of steps, loss, accuracy and non-finite flags. All ranks thus agree on stopping, NaN and desync at the
+    rows [4, T] of steps, loss, metric and non-finite flags. All ranks thus agree on stopping, NaN and desync at the
     same step, at no extra cost. `ordered` gathers the T vectors and adds them in task order: bit-identical on every
     placement that gives each task one rank, for W times the memory.
     """
@@ -162,14 +162,14 @@ class MetaReducer:
         tasks, world_size = self.placement.tasks, self.placement.world_size
         if tail[1] != world_size * (step % STEP_MODULUS):
             raise RunError(f"the ranks are out of sync at step {step}; restart the run from its latest checkpoint")
-        steps, loss, accuracy, flags = tail[2 + world_size :].view(4, tasks)
+        steps, loss, metric, flags = tail[2 + world_size :].view(4, tasks)
         self._received.append(
             Control(
                 step=step,
                 stop=bool(tail[0] > 0),
                 steps=steps,
                 loss=loss / steps,
-                accuracy=accuracy / steps,
+                metric=metric / steps,
                 wait_seconds=tail[2 : 2 + world_size],
                 nonfinite=flags.nonzero().flatten().tolist(),
             )

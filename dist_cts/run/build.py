@@ -12,6 +12,7 @@ from dist_cts.distributed.placement import Assignment, Placement, even_assignmen
 from dist_cts.distributed.process_group import raise_on_all_ranks
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import Batches, TaskLearner, inner_schedule
+from dist_cts.losses import make_loss
 from dist_cts.run.config import TaskConfig, TrainConfig
 
 
@@ -40,14 +41,23 @@ def build_learners(config: TrainConfig, placement: Placement, device: torch.devi
     return [_open_learner(config, config.tasks[task], placement, device) for task in placement.local_tasks]
 
 
-def build_learner(config: TrainConfig, device: torch.device, name: str, classes: int, batches: Batches) -> TaskLearner:
+def build_learner(
+    config: TrainConfig, device: torch.device, task: TaskConfig, classes: int, batches: Batches
+) -> TaskLearner:
     """One task's learner on the given batches; its initial weights depend only on the seed and the task's name."""
-    model, head = models.build(config.model, classes, config.seed, "head", name)
+    model, head = models.build(config.model, classes, config.seed, "head", task.name)
     model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    schedule = inner_schedule(config.inner, config.inner_steps)
     return TaskLearner(
-        name, model, head, batches, config.inner, reset=config.reset, schedule=schedule, autocast=autocast
+        task.name,
+        model,
+        head,
+        batches,
+        config.inner,
+        reset=config.reset,
+        schedule=inner_schedule(config.inner, config.inner_steps),
+        criterion=make_loss(config.loss_of(task)),
+        autocast=autocast,
     )
 
 
@@ -76,4 +86,4 @@ def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, d
         data_ranks=placement.data_ranks,
         channels_last=config.channels_last,
     )
-    return build_learner(config, device, task.name, outputs(split, task.name, task.classes), batches)
+    return build_learner(config, device, task, outputs(split, task.name, task.classes), batches)

@@ -13,6 +13,7 @@ from dist_cts.data.batches import DataConfig
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
 from dist_cts.distributed.reducer import Reduction
 from dist_cts.learner import InnerConfig, ResetConfig
+from dist_cts.losses import LossConfig, LossField
 from dist_cts.models import ModelConfig
 
 
@@ -22,6 +23,7 @@ class TaskConfig(Config):
     name: str
     classes: int | None = Field(None, gt=0, description="checked against the manifest")
     batch_size: int | None = Field(None, gt=0, description="this task's own batch size")
+    loss: LossField | None = Field(None, description="this task's own loss")
 
 
 Task = Annotated[TaskConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
@@ -34,7 +36,7 @@ class TrainConfig(Config):
     episodes: int = Field(200, gt=0, description="M, number of episodes; each starts by resetting every learner to phi")
     inner_steps: int = Field(1000, gt=0, description="K, inner steps per episode")
     meta_lr: float = Field(0.01, gt=0, description="beta, smaller for larger K (supplement, Table 3)")
-    tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size}")
+    tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size, loss}")
     batch_size: int = Field(128, gt=0, description="images per task and inner step")
     seed: int = Field(0, description="seeds initialization, data order and augmentation")
     init: str | None = Field(
@@ -67,6 +69,7 @@ class TrainConfig(Config):
     snapshot_every: int = Field(0, ge=0, description="write snapshots/phi_STEP every N inner steps; 0 disables")
     timeout_seconds: float = Field(120, gt=0, description="collective timeout in seconds")
     max_minutes: float = Field(0, ge=0, description="save a checkpoint and exit after N minutes; 0 disables")
+    loss: LossField = LossConfig()
     inner: InnerConfig = InnerConfig()
     method: MethodConfig = MethodConfig()
     reset: ResetConfig = ResetConfig()
@@ -107,6 +110,10 @@ class TrainConfig(Config):
     def batch_size_of(self, task: TaskConfig) -> int:
         """The task's batch size, by default the run's."""
         return task.batch_size or self.batch_size
+
+    def loss_of(self, task: TaskConfig) -> LossConfig:
+        """The task's loss, by default the run's."""
+        return task.loss or self.loss
 
     def with_run_dir(self, file: Path | None = None) -> "TrainConfig":
         """This configuration with its default run folder filled in: runs/ + the path of `file` below configs/.

@@ -79,13 +79,13 @@ def _measure(config: TrainConfig, device: torch.device) -> dict[str, float]:
             batch = RepeatedBatch(batches.next())
             batches.close()
             costs[task.name] = step_seconds(
-                build_learner(config, device, task.name, outputs(split, task.name, task.classes), batch)
+                build_learner(config, device, task, outputs(split, task.name, task.classes), batch)
             )
             continue
         manifest = read_manifest(config.data.root / task.name / "train")
         shape = manifest.pixels, config.batch_size_of(task)
         if shape not in measured:
             batches = random_batch(*shape, device, config.channels_last)
-            measured[shape] = step_seconds(build_learner(config, device, task.name, manifest.classes, batches))
+            measured[shape] = step_seconds(build_learner(config, device, task, manifest.classes, batches))
         costs[task.name] = measured[shape]
     return costs

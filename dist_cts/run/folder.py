@@ -23,6 +23,7 @@ from dist_cts.checkpoint.phi import SNAPSHOTS
 from dist_cts.config import Config
 from dist_cts.distributed.numerics import numerics
 from dist_cts.distributed.process_group import gather
+from dist_cts.run.imports import ENVIRONMENT, IMPORTED
 
 PACKAGES = ("dist_cts", "torch", "torchvision", "numpy", "ffcv")
 STOPPED = "stopped"  # marks exit code 75, which torchrun turns into 1; the batch scripts check it
@@ -81,7 +82,7 @@ def restarted() -> bool:
 def describe_run(folder: Path, resolved: Config, device: torch.device, world_size: int) -> None:
     """Writes config.yaml and environment.json."""
     config.save(resolved, folder / "config.yaml")
-    (folder / "environment.json").write_text(json.dumps(environment(device, world_size), indent=2) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(environment(device, world_size), indent=2) + "\n")
 
 
 def environment(device: torch.device, world_size: int) -> dict:
@@ -89,6 +90,7 @@ def environment(device: torch.device, world_size: int) -> dict:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
+        "imports": IMPORTED,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

@@ -85,9 +85,9 @@ class Hooks:
         if self.placement.contributes:
             for learner in self.state.learners:
                 split = open_split(learner.name, "test", config.data, self.state.phi.device)
-                results.append((learner.name, *learner.evaluate(split.test_batches(config.batch_size))))
-        for result in chain.from_iterable(gather(results)):
-            self.metrics.log_test(self.state.progress, *result)
+                results.append((learner.name, learner.evaluate(split.test_batches(config.batch_size))))
+        for task, values in chain.from_iterable(gather(results)):
+            self.metrics.log_test(self.state.progress, task, values)
 
     def check_phi(self) -> None:
         """Verifies that phi is identical on all ranks, every `check_every` steps and before each checkpoint.

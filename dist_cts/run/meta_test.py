@@ -1,4 +1,4 @@
-"""Meta-test (paper, section 4.2): adapts each initialization to each target (lr schedule, seeds), reports accuracy."""
+"""Meta-test (paper, section 4.2): adapts each initialization to each target (lr schedule, seeds)."""
 
 import hashlib
 import json
@@ -24,6 +24,7 @@ from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Pr
 from dist_cts.distributed.process_group import process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
+from dist_cts.losses import LossConfig, LossField, make_loss
 from dist_cts.models import ModelConfig
 from dist_cts.run.exit_codes import DONE
 from dist_cts.run.report import write_report
@@ -49,6 +50,7 @@ class MetaTestConfig(Config):
     deterministic: bool = Field(True, description=DETERMINISTIC_HELP)
     channels_last: bool = Field(False, description="memory format of images and weights")
     out: Path | None = Field(None, description="output folder; default: meta_test beside the first phi")
+    loss: LossField = LossConfig()
     inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -86,6 +88,7 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
     if config.out is None:
         files = [path for path in map(Path, phis.values()) if path.is_file()]
         config = config.model_copy(update={"out": run_dir_of(files[0]) / "meta_test" if files else Path("runs") / name})
+    metric = make_loss(config.loss).reported
     device = select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
     starts = ({"random": None} if config.random else {}) | phis
@@ -108,13 +111,13 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
                 load_named(layout, torch.zeros(layout.numel), load_phi(phi), phi)
             mine = jobs[rank::world_size]
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
-                accuracy = run_once(config, job, device)["curve"][-1]["accuracy"]
-                tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {100 * accuracy:.1f} %", file=sys.stderr)
+                last = run_once(config, job, device)["curve"][-1][metric.name]
+                tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {metric.show(last)}", file=sys.stderr)
         dist.barrier()
         if rank == 0:
             origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
             results = [run_once(config, job, device) for job in jobs]
-            write_report(config.out, config.model_dump(mode="json"), origins, results)
+            write_report(config.out, config.model_dump(mode="json"), origins, results, metric)
         dist.barrier()
     return DONE
 
@@ -131,7 +134,7 @@ def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
 
 
 def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[str, float]]:
-    """Adapts one initialization to one target; returns test loss and accuracy (0 .. 1) at `eval_points` steps.
+    """Adapts one initialization to one target; returns test loss and metric at `eval_points` steps.
 
     Head and running statistics are new. Head, data order and subset depend only on (seed, target), so they are the same
     for all initializations.
@@ -144,7 +147,9 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
     model, head = models.build(config.model, outputs(train, job.target), key, job.target)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    learner = TaskLearner(job.target, model, head, batches, config.inner, autocast=autocast)
+    learner = TaskLearner(
+        job.target, model, head, batches, config.inner, criterion=make_loss(config.loss), autocast=autocast
+    )
     if job.phi is not None:
         load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), job.phi)
     schedule = make_schedule(learner.optimizer, config.schedule, config.steps, config.schedule_factor)
@@ -154,8 +159,7 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
         learner.inner_step()
         schedule.step()
         if step in points:
-            loss, accuracy = learner.evaluate(test.test_batches(config.batch_size))
-            curve.append({"step": step, "loss": loss, "accuracy": accuracy})
+            curve.append({"step": step, **learner.evaluate(test.test_batches(config.batch_size))})
     batches.close()
     return curve
 
@@ -180,6 +184,8 @@ def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarr
 def _result_path(config: MetaTestConfig, job: Job) -> Path:
     # Results are reused only for the same settings and a bit-identical phi.
     settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device", "deterministic"})
+    if config.loss == LossConfig():
+        del settings["loss"]  # as before there was a choice, so that older results are found
     file = Path(job.phi or "")
     phi = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else job.phi
     key = hashlib.sha256(json.dumps([settings, phi], sort_keys=True).encode()).hexdigest()[:12]

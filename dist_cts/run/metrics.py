@@ -1,9 +1,11 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log file."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.reducer import Control
+from dist_cts.losses import Metric
 from dist_cts.progress import Progress
 from dist_cts.run.console import log_rank0
 
@@ -20,12 +23,14 @@ from dist_cts.run.console import log_rank0
 class Metrics:
     """Accumulates the control tails between two logs and writes one record per task at each log.
 
-    Only rank 0 writes and prints; the control tails carry every task's loss and accuracy.
+    Only rank 0 writes and prints; the control tails carry every task's loss and metric.
     """
 
-    def __init__(self, folder: Path, tasks: list[str], placement: Placement, progress: Progress, steps: int) -> None:
-        """`steps`: total inner steps of the run, for the progress bar."""
-        self.tasks, self.steps, self.world_size = tasks, steps, placement.world_size
+    def __init__(
+        self, folder: Path, tasks: Mapping[str, Metric | None], placement: Placement, progress: Progress, steps: int
+    ) -> None:
+        """`tasks`: the metric of each; `steps`: total inner steps of the run, for the progress bar."""
+        self.tasks, self.steps, self.world_size = dict(tasks), steps, placement.world_size
         self.ranks = [ranks[0] for ranks in placement.assignment]
         self.active = placement.rank == 0
         self._lost = False  # whether records were lost to a full disk
@@ -40,36 +45,43 @@ class Metrics:
         """Adds the control tail of one reduction."""
         self._steps += control.steps
         self._loss += control.steps * control.loss
-        self._accuracy += control.steps * control.accuracy
+        self._metric += control.steps * control.metric
         self._wait += control.wait_seconds
 
     def log(self, progress: Progress) -> None:
         """Writes the means since the last log, one line per task, and resets them."""
         if self.active and self._steps.sum() > 0:
             rate = float(self._steps.max()) / (time.perf_counter() - self._since)
-            loss, accuracy = self._loss / self._steps, self._accuracy / self._steps
-            for task, name in enumerate(self.tasks):
+            losses, metrics = (self._loss / self._steps).tolist(), (self._metric / self._steps).tolist()
+            means = defaultdict[str, list[float]](list, {"loss": losses})  # over the tasks that report it
+            for (task, metric), loss, value, rank in zip(self.tasks.items(), losses, metrics, self.ranks, strict=True):
+                values = {"loss": loss}
+                if metric is not None and not metric.pooled:
+                    values[metric.name] = metric.finish(value)
+                    means[metric.name].append(values[metric.name])
                 self._write(
                     progress,
-                    task=name,
-                    loss=round(float(loss[task]), 6),
-                    accuracy=round(float(accuracy[task]), 6),
+                    task=task,
+                    **{key: _rounded(value) for key, value in values.items()},
                     steps_per_second=round(rate, 3),
-                    rank=self.ranks[task],
-                    wait_seconds=round(float(self._wait[self.ranks[task]]), 4),
+                    rank=rank,
+                    wait_seconds=round(float(self._wait[rank]), 4),
                 )
-            means = {"mean/loss": loss.mean(), "mean/accuracy": accuracy.mean(), "steps_per_second": rate}
+            mean = {key: sum(values) / len(values) for key, values in means.items()}
             with self._best_effort():
-                for tag, value in means.items():
-                    self.board.add_scalar(tag, value, progress.step)
-            self._show(progress, loss, accuracy, rate)
+                for key, value in mean.items():
+                    self.board.add_scalar(f"mean/{key}", value, progress.step)
+                self.board.add_scalar("steps_per_second", rate, progress.step)
+            self._show(progress, mean, losses, rate)
         self._clear()
 
-    def log_test(self, progress: Progress, task: str, loss: float, accuracy: float) -> None:
-        """Writes one task's loss and accuracy (0 .. 1) on its test split, for the current theta."""
+    def log_test(self, progress: Progress, task: str, values: Mapping[str, float]) -> None:
+        """Writes one task's loss and metric on its test split, for the current theta."""
         if self.active:
-            self._write(progress, task=task, test_loss=round(loss, 6), test_accuracy=round(accuracy, 6))
-            log_rank0(f"step {progress.step}: {task} test accuracy {100 * accuracy:.1f} %, test loss {loss:.3f}")
+            self._write(progress, task=task, **{f"test_{key}": _rounded(value) for key, value in values.items()})
+            metric = self.tasks[task]
+            shown = f"test {metric.show(values[metric.name])}, " if metric is not None else ""
+            log_rank0(f"step {progress.step}: {task} {shown}test loss {values['loss']:.3f}")
 
     def close(self) -> None:
         """Closes the files."""
@@ -79,7 +91,7 @@ class Metrics:
                 with self._best_effort():
                     file.close()
 
-    def _write(self, progress: Progress, **values: float | str) -> None:
+    def _write(self, progress: Progress, **values: float | str | None) -> None:
         record = {
             "step": progress.step,  # of each task
             "cumulative_inner_steps": progress.step * len(self.tasks),  # of all tasks together
@@ -90,7 +102,8 @@ class Metrics:
         with self._best_effort():
             self.file.write(json.dumps(record) + "\n")
             for key in values.keys() - {"task", "steps_per_second", "rank"}:
-                self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
+                if values[key] is not None:
+                    self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
 
     @contextmanager
     def _best_effort(self) -> Iterator[None]:
@@ -102,13 +115,16 @@ class Metrics:
                 log_rank0(f"warning: metrics records lost: {error}; training continues")
             self._lost = True
 
-    def _show(self, progress: Progress, loss: torch.Tensor, accuracy: torch.Tensor, rate: float) -> None:
-        mean = f"loss {loss.mean():.3f} accuracy {100 * accuracy.mean():.1f} %"
+    def _show(self, progress: Progress, means: Mapping[str, float], losses: list[float], rate: float) -> None:
+        metrics = {metric.name: metric for metric in self.tasks.values() if metric is not None}
+        mean = " ".join(
+            [f"loss {means['loss']:.3f}", *(metrics[key].show(means[key]) for key in means if key in metrics)]
+        )
         self.bar.set_description(f"episode {progress.episode}", refresh=False)
         self.bar.set_postfix_str(mean, refresh=False)
         self.bar.update(progress.step - self.bar.n)
         if self.bar.disable:
-            tasks = " ".join(f"{name} {loss[task]:.2f}" for task, name in enumerate(self.tasks))
+            tasks = " ".join(f"{name} {loss:.2f}" for name, loss in zip(self.tasks, losses, strict=True))
             log_rank0(
                 f"step {progress.step}/{self.steps} episode {progress.episode} k {progress.inner_step} {mean} "
                 f"{rate:.1f} steps/s data wait {float(self._wait.max()):.2f} s | {tasks}"
@@ -116,6 +132,11 @@ class Metrics:
 
     def _clear(self) -> None:
         tasks = len(self.tasks)
-        self._steps, self._loss, self._accuracy = torch.zeros(3, tasks).unbind()
+        self._steps, self._loss, self._metric = torch.zeros(3, tasks).unbind()
         self._wait = torch.zeros(self.world_size)
         self._since = time.perf_counter()
+
+
+def _rounded(value: float) -> float | None:
+    """As JSON holds it, which has no NaN and no infinity."""
+    return round(value, 6) if math.isfinite(value) else None

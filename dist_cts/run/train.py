@@ -22,6 +22,7 @@ from dist_cts.distributed.process_group import (
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.errors import RunError
+from dist_cts.losses import make_loss
 from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
 from dist_cts.run import folder
@@ -31,6 +32,7 @@ from dist_cts.run.console import log_rank0
 from dist_cts.run.costs import keep_costs, shared_costs
 from dist_cts.run.exit_codes import DONE, STOPPED
 from dist_cts.run.hooks import Hooks, export
+from dist_cts.run.imports import check_imports
 from dist_cts.run.metrics import Metrics
 from dist_cts.run.shutdown import StopRequest, stop_requests
 from dist_cts.state import TrainState
@@ -52,6 +54,8 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
     """
     config = config.with_run_dir()
     (config.run_dir / folder.STOPPED).unlink(missing_ok=True)
+    if not fresh:
+        check_imports(config.run_dir)
     device = select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
     with process_group(device, config.timeout_seconds), stop_requests() as stop, liveness_checked() as liveness:
@@ -102,7 +106,8 @@ def _run(
         if placement.rank == 0:
             keep_costs(config, costs)
             folder.describe_run(config.run_dir, config, state.phi.device, placement.world_size)
-        metrics = Metrics(config.run_dir, config.task_names, placement, state.progress, steps)
+        tasks = {task.name: make_loss(config.loss_of(task)).metric for task in config.tasks}
+        metrics = Metrics(config.run_dir, tasks, placement, state.progress, steps)
     _announce(config, algorithm, placement, costs, resumed)
     with closing(metrics):
         hooks = Hooks(config, state, algorithm, placement, reducer, metrics, checkpoints, stop)

@@ -257,7 +257,7 @@ def test_mtl_with_one_task_is_plain_training(alone):
 
 
 BAD = {
-    "algorithm='ctss': choose one of cts": ("ctss", {}),
+    "algorithm='ctss': unknown; did you mean cts": ("ctss", {}),
     "shift_every=1: algorithm=imaml updates phi once per episode": ("imaml", {"shift_every": 1}),
     "shift_every=2: algorithm=reptile updates phi once per episode": ("reptile", {"shift_every": 2}),
     "shift_scale=0.5: algorithm=reptile .* without shift": ("reptile", {"shift_scale": 0.5}),

@@ -54,7 +54,7 @@ def test_the_mean_over_tasks_on_every_layout(run_ranks, reduction, world_size, t
         control = result.controls[0]
         assert control.steps.tolist() == [2.0] * tasks
         assert control.loss.tolist() == [float(task) for task in range(tasks)]
-        assert control.accuracy.tolist() == [0.5] * tasks
+        assert control.metric.tolist() == [0.5] * tasks
         assert control.wait_seconds.tolist() == [
             0.25 * len(place(tasks, world_size, r).local_tasks) for r in range(world_size)
         ]

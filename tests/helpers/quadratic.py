@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from dist_cts.learner import InnerConfig, TaskLearner
+from dist_cts.losses import Loss
 
 ALPHA = 0.1
 PLAIN = InnerConfig(optimizer="sgd", lr=ALPHA, momentum=0, weight_decay=0)
@@ -22,8 +23,8 @@ class Quadratic(nn.Module):
         return torch.cat([p for p in self.parameters()]) - c
 
 
-def criterion(residual, a):
-    return 0.5 * (a * residual**2).sum(), torch.zeros(())
+def quadratic(residual, a):
+    return 0.5 * (a * residual**2).sum()
 
 
 class ListBatches:
@@ -44,7 +45,7 @@ def make_learner(batches, head=0, inner=PLAIN, **options):
     """The learner whose n + head curvatures and centres are those of the batches [(c, a), ...]."""
     model = Quadratic(len(batches[0][0]) - head, head)
     name = "fc" if head else None
-    return TaskLearner("q", model, name, ListBatches(batches), inner, criterion=criterion, **options)
+    return TaskLearner("q", model, name, ListBatches(batches), inner, criterion=Loss(quadratic), **options)
 
 
 def phi_of(learner, values):

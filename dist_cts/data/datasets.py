@@ -32,7 +32,8 @@ from dist_cts.data.samples import Batch, Row
 CHUNK_STEPS = 256  # steps whose plan is computed at once
 
 Open = Callable[[str], Dataset]  # from a split, train or test
-DATASETS: dict[str, Open] = {}  # by task name
+# By task name: an Open, or a Stream of ready-made batches (streams.py).
+DATASETS: dict[str, Any] = {}
 _opened: dict[tuple[str, str], tuple[Open, Dataset]] = {}
 
 
@@ -73,7 +74,7 @@ class DatasetBatches:
         self._indices = indices
         size = batch_size // data_ranks
         self._slice = slice(data_rank * size, (data_rank + 1) * size)
-        self._move = partial(_move, device=torch.device(device), channels_last=channels_last)
+        self._move = partial(move, device=torch.device(device), channels_last=channels_last)
         self._loader = Loader(
             dataset, self._rows(0), name=name, keys=(seed, name, "sample"), workers=workers, device=torch.device(device)
         )
@@ -168,7 +169,7 @@ class DatasetSplit:
         )
         try:
             for _ in starts:
-                yield _move(loader.take(), self.device)
+                yield move(loader.take(), self.device)
         finally:
             loader.close()
 
@@ -193,10 +194,12 @@ def fingerprint(dataset: Dataset, name: str) -> str:
     return f"{length(dataset, name)} samples {getattr(dataset, 'fingerprint', '')}".strip()
 
 
-def _move(batch: Batch, device: torch.device, channels_last: bool = False) -> tuple[Any, Tensor]:
-    def move(tensor: Tensor) -> Tensor:
+def move(batch: Batch, device: torch.device, channels_last: bool = False) -> tuple[Any, Tensor]:
+    """Inputs and targets on the device; the copies are queued and the host does not wait for them."""
+
+    def moved(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device, non_blocking=True)
         is_image = channels_last and tensor.ndim == 4
         return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
 
-    return tree_map(move, batch.inputs), batch.targets.to(device, non_blocking=True)
+    return tree_map(moved, batch.inputs), batch.targets.to(device, non_blocking=True)

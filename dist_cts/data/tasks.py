@@ -1,4 +1,4 @@
-"""A split of a task, opened by the task's name: a dataset in DATASETS, or the .beton file of a prepared task."""
+"""A split of a task, opened by the task's name: a row of DATASETS, or the .beton file of a prepared task."""
 
 import difflib
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
 from dist_cts.data.datasets import DATASETS, DatasetBatches, DatasetSplit
 from dist_cts.data.source import Source
+from dist_cts.data.streams import Stream, StreamBatches, StreamSplit
 
 
 class Split(Protocol):
@@ -30,7 +31,7 @@ class Split(Protocol):
         data_ranks: int = 1,
         channels_last: bool = False,
         indices: np.ndarray | None = None,
-    ) -> TaskBatches | DatasetBatches:
+    ) -> TaskBatches | DatasetBatches | StreamBatches:
         """The endless stream of training batches of this data rank, from the samples `indices`; None: all."""
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
@@ -70,6 +71,8 @@ def open_split(name: str, split: str, config: DataConfig, device: torch.device) 
         FileNotFoundError: there is no task of this name; names the nearest ones.
         ValueError, ImportError: as of `open_task` and DatasetSplit.
     """
+    if isinstance(DATASETS.get(name), Stream):
+        return StreamSplit(DATASETS[name], name, split, device)
     if name in DATASETS:
         return DatasetSplit(name, split, config.dataset_workers, device)
     folder = config.root / name

@@ -1,6 +1,7 @@
 """Large-scale meta-learning with continual trajectory shifting, one task learner per rank.
 
-from dist_cts import MetaTestConfig, TrainConfig, meta_test, train
+from dist_cts import MetaTestConfig, TrainConfig, meta_test, train     (from a config)
+from dist_cts import Stream, meta_test_tasks, meta_train_tasks         (from a script)
 """
 
 import importlib
@@ -13,6 +14,19 @@ _HOMES = {
     "meta_test": "dist_cts.run.meta_test",
     "MetaTestConfig": "dist_cts.run.meta_test",
     "load_phi": "dist_cts.checkpoint.phi",
+    # From a script, without a config file.
+    "meta_train_tasks": "dist_cts.run.script",
+    "meta_test_tasks": "dist_cts.run.script",
+    # The tables that take rows of your own, and their rows.
+    "DATASETS": "dist_cts.data.datasets",
+    "Stream": "dist_cts.data.streams",
+    "MODELS": "dist_cts.models",
+    "Architecture": "dist_cts.models",
+    "LOSSES": "dist_cts.losses",
+    "Loss": "dist_cts.losses",
+    "Metric": "dist_cts.losses",
+    "ALGORITHMS": "dist_cts.algorithms.table",
+    "Algorithm": "dist_cts.algorithms.table",
 }
 __all__ = list(_HOMES)
 

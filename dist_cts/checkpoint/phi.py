@@ -21,6 +21,7 @@ SNAPSHOTS = "snapshots"  # folder of a run that holds phi_STEP.safetensors
 WRITER = {"written_by": "dist_cts"}  # second mark of a sealed file: one flipped byte cannot remove both
 SEAL = "dist_cts_sha256"  # key of the checksum over the file, computed with UNSEALED in its place
 UNSEALED = "0" * 64  # placeholder
+Source = str | Path | Mapping[str, Tensor]  # of an initialization
 _WEIGHTS = r"\w+_Weights\.\w+"  # how torchvision names its pretrained weights
 
 
@@ -37,19 +38,21 @@ def export_phi(path: Path, named: State, metadata: Mapping[str, str]) -> None:
     replace_file(path, data.replace(UNSEALED.encode(), _checksum(data).encode(), 1))
 
 
-def load_phi(source: str | Path) -> dict[str, Tensor]:
+def load_phi(source: Source) -> dict[str, Tensor]:
     """The named tensors of an initialization, on the CPU. Reading executes nothing.
 
     Args:
         source: a .safetensors file, a PyTorch state dict (.pt, .pth), or the name of torchvision's pretrained weights
             such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. Their head is included;
-            load_named ignores it.
+            load_named ignores it. Named tensors are returned as they are.
 
     Raises:
         FileNotFoundError: file not found.
         ValueError: the file is corrupt or does not hold named tensors; unknown weights.
         OSError: the weights cannot be downloaded.
     """
+    if isinstance(source, Mapping):
+        return dict(source)
     path = _downloaded(str(source)) if re.fullmatch(_WEIGHTS, str(source)) else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file not found")

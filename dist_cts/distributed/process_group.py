@@ -52,7 +52,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     """Joins torchrun's process group: gloo for CPU tensors and objects, NCCL for GPU tensors.
 
     Without torchrun, creates a group of one rank. Objects do not go through NCCL: receiving one from a lost peer would
-    block without a timeout. The group is destroyed only on success: after a failure that could block.
+    block without a timeout. A group of several ranks is destroyed only on success: after a failure that could block.
 
     Raises:
         RunError: a rank did not join in time.
@@ -70,7 +70,12 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    yield
+    try:
+        yield
+    except BaseException:
+        if dist.get_world_size() == 1:  # a notebook goes on
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dist_cts import models
 from dist_cts.checkpoint.phi import load_phi
+from dist_cts.data.datasets import DATASETS
 from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
@@ -79,6 +80,10 @@ def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -
 
 def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, device: torch.device) -> TaskLearner:
     split = open_split(task.name, "train", config.data, device)
+    if config.eval_every and task.name in DATASETS:
+        open_split(
+            task.name, "test", config.data, device
+        )  # a missing one ends the run here, not at the first evaluation
     batches = split.batches(
         config.seed,
         config.batch_size_of(task),

@@ -30,8 +30,8 @@ def shared_costs(config: TrainConfig, device: torch.device, fresh: bool = False)
     costs: dict[str, float] = {}
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            file = config.run_dir / STEP_SECONDS
-            if file.exists() and not fresh:
+            file = config.run_dir and config.run_dir / STEP_SECONDS
+            if file is not None and file.exists() and not fresh:
                 costs = json.loads(file.read_text())
             if costs.keys() != set(config.task_names):
                 costs = _measure(config, device)

@@ -23,7 +23,7 @@ def task_means(run: Path, key: str, over: str = "cumulative_inner_steps") -> tup
         FileNotFoundError: `run` has no metrics.jsonl.
     """
     values: dict[int, dict[str, float]] = {}
-    for record in _records(run):
+    for record in read_records(run):
         if record.get(key) is not None:
             values.setdefault(record[over], {})[record["task"]] = record[key]
     steps = sorted(values)
@@ -32,7 +32,7 @@ def task_means(run: Path, key: str, over: str = "cumulative_inner_steps") -> tup
 
 def recorded_metrics(runs: Iterable[Path]) -> list[str]:
     """The metrics besides the loss that the runs have recorded, on training batches or on test splits."""
-    keys = {key.removeprefix("test_"): None for run in runs for record in _records(run) for key in record}
+    keys = {key.removeprefix("test_"): None for run in runs for record in read_records(run) for key in record}
     return [key for key in keys if key not in RESERVED and key != "loss"]
 
 
@@ -67,7 +67,12 @@ def draw_curves(runs: list[Path], out: Path) -> None:
     pyplot.close(figure)
 
 
-def _records(run: Path) -> Iterator[dict[str, Any]]:
+def read_records(run: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; expected a run folder")

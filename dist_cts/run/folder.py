@@ -60,8 +60,8 @@ def claim(folder: Path, fresh: bool = False) -> IO[str]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A block that writes into the run folder.
+def writing(folder: Path | None) -> Iterator[None]:
+    """A block that writes into the run folder, if there is one.
 
     Raises:
         OSError: with folder, cause and remedy in the message.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_cts.algorithms.table import Algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
+from dist_cts.checkpoint.none import NoCheckpoints
 from dist_cts.checkpoint.phi import SNAPSHOTS, export_phi
 from dist_cts.data.tasks import open_split
 from dist_cts.distributed.placement import Placement
@@ -33,7 +34,7 @@ class Hooks:
         placement: Placement,
         reducer: MetaReducer,
         metrics: Metrics,
-        checkpoints: CheckpointManager,
+        checkpoints: CheckpointManager | NoCheckpoints,
         stop: StopRequest,
     ) -> None:
         self.config, self.state, self.algorithm, self.placement = config, state, algorithm, placement
@@ -137,9 +138,10 @@ class Hooks:
         names = ", ".join(self.config.task_names[task] for task in control.nonfinite)
         fault = f"step {control.step}: the update of task {names} is not finite"
         if self.config.nonfinite == "abort":
+            latest = f"; the latest checkpoint is in {self.checkpoints.folder}" if self.checkpoints.folder else ""
             raise RunError(
-                f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, check the task's images, "
-                f"or set nonfinite=skip; the latest checkpoint is in {self.checkpoints.folder}"
+                f"{fault}; phi does not contain it. Lower inner.lr or meta_lr, check the task's data, "
+                f"or set nonfinite=skip{latest}"
             )
         log_rank0(f"{fault}; its learner restarts from phi")
         for task, learner in zip(self.placement.local_tasks, self.state.learners, strict=True):

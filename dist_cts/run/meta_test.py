@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from tqdm import tqdm
 
 from dist_cts import models
 from dist_cts.atomic import replace_file
-from dist_cts.checkpoint.phi import load_phi, named_starts, phi_metadata, run_dir_of
+from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata, run_dir_of
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
-from dist_cts.distributed.process_group import process_group, raise_on_all_ranks, select_device
+from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
 from dist_cts.losses import LossConfig, LossField, make_loss
@@ -68,7 +69,7 @@ class Job:
 
     target: str
     start: str
-    phi: str | None  # source for load_phi; None: random initialization
+    phi: Source | None  # for load_phi; None: random initialization
     seed: int
 
 
@@ -88,10 +89,26 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
     if config.out is None:
         files = [path for path in map(Path, phis.values()) if path.is_file()]
         config = config.model_copy(update={"out": run_dir_of(files[0]) / "meta_test" if files else Path("runs") / name})
+    results = run_jobs(config, phis)
+    if int(os.environ.get("RANK", 0)) == 0:
+        origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
+        metric = make_loss(config.loss).reported
+        write_report(config.out, config.model_dump(mode="json"), origins, results, metric)
+    return DONE
+
+
+def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[str, Any]]:
+    """The results of all jobs, in order, on every rank: target, start, seed and curve.
+
+    With `config.out`, finished jobs are kept there and not run again.
+
+    Raises:
+        ValueError, FileNotFoundError: a phi or a target is missing or does not fit the model.
+    """
     metric = make_loss(config.loss).reported
     device = select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
-    starts = ({"random": None} if config.random else {}) | phis
+    starts = ({"random": None} if config.random else {}) | dict(phis)
     if not starts:
         raise ValueError("nothing to test: pass --phi or set random=true")
     jobs = [
@@ -100,36 +117,35 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
         for start, phi in starts.items()
         for seed in range(config.seeds)
     ]
-    (config.out / "jobs").mkdir(parents=True, exist_ok=True)
+    if config.out is not None:
+        (config.out / "jobs").mkdir(parents=True, exist_ok=True)
     with process_group(device, 3600):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with raise_on_all_ranks():
             for target in config.targets:
                 outputs(open_split(target, "test", config.data, device), target)
             layout = FlatParams(*models.build(config.model, 1, "fits")).body_layout
-            for phi in phis.values():
-                load_named(layout, torch.zeros(layout.numel), load_phi(phi), phi)
+            for start, phi in phis.items():
+                load_named(layout, torch.zeros(layout.numel), load_phi(phi), _described(start, phi))
+            results = []
             mine = jobs[rank::world_size]
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
-                last = run_once(config, job, device)["curve"][-1][metric.name]
+                results.append(run_once(config, job, device))
+                last = results[-1]["curve"][-1][metric.name]
                 tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {metric.show(last)}", file=sys.stderr)
-        dist.barrier()
-        if rank == 0:
-            origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
-            results = [run_once(config, job, device) for job in jobs]
-            write_report(config.out, config.model_dump(mode="json"), origins, results, metric)
-        dist.barrier()
-    return DONE
+        by_rank = gather(results)
+    return [by_rank[index % world_size][index // world_size] for index in range(len(jobs))]
 
 
 def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
     """A job's result; read from its file if the job has already run."""
-    path = _result_path(config, job)
-    if path.exists():
+    path = None if config.out is None else _result_path(config, job)
+    if path is not None and path.exists():
         return json.loads(path.read_text())
     curve = adapt(config, job, device)
     result = {"target": job.target, "start": job.start, "seed": job.seed, "curve": curve}
-    replace_file(path, json.dumps(result).encode())
+    if path is not None:
+        replace_file(path, json.dumps(result).encode())
     return result
 
 
@@ -151,7 +167,7 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
         job.target, model, head, batches, config.inner, criterion=make_loss(config.loss), autocast=autocast
     )
     if job.phi is not None:
-        load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), job.phi)
+        load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), _described(job.start, job.phi))
     schedule = make_schedule(learner.optimizer, config.schedule, config.steps, config.schedule_factor)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
     curve = []
@@ -179,6 +195,11 @@ def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarr
         ranks[members] = np.arange(len(members))
     # Takes the first image of every class, then the second, ...; the drawn order breaks ties.
     return np.sort(order[np.argsort(ranks[order], kind="stable")[:size]])
+
+
+def _described(start: str, phi: Source) -> str:
+    """For an error message."""
+    return f"the initialization {start!r}" if isinstance(phi, Mapping) else str(phi)
 
 
 def _result_path(config: MetaTestConfig, job: Job) -> Path:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -27,19 +28,30 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path, tasks: Mapping[str, Metric | None], placement: Placement, progress: Progress, steps: int
+        self,
+        folder: Path | None,
+        tasks: Mapping[str, Metric | None],
+        placement: Placement,
+        progress: Progress,
+        steps: int,
     ) -> None:
-        """`tasks`: the metric of each; `steps`: total inner steps of the run, for the progress bar."""
+        """`tasks`: the metric of each; `steps`: total inner steps of the run, for the progress bar.
+
+        Without a `folder`, rank 0 keeps the records in `records`.
+        """
         self.tasks, self.steps, self.world_size = dict(tasks), steps, placement.world_size
         self.ranks = [ranks[0] for ranks in placement.assignment]
         self.active = placement.rank == 0
         self._lost = False  # whether records were lost to a full disk
+        self.records: list[dict[str, Any]] = []
+        self.file, self.board = None, None
         self._clear()
         if self.active:
-            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=progress.step + 1)
             terminal = sys.stderr.isatty()
             self.bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not terminal, dynamic_ncols=True)
+        if self.active and folder is not None:
+            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=progress.step + 1)
 
     def add(self, control: Control) -> None:
         """Adds the control tail of one reduction."""
@@ -68,10 +80,7 @@ class Metrics:
                     wait_seconds=round(float(self._wait[rank]), 4),
                 )
             mean = {key: sum(values) / len(values) for key, values in means.items()}
-            with self._best_effort():
-                for key, value in mean.items():
-                    self.board.add_scalar(f"mean/{key}", value, progress.step)
-                self.board.add_scalar("steps_per_second", rate, progress.step)
+            self._plot({f"mean/{key}": value for key, value in mean.items()} | {"steps_per_second": rate}, progress)
             self._show(progress, mean, losses, rate)
         self._clear()
 
@@ -87,7 +96,7 @@ class Metrics:
         """Closes the files."""
         if self.active:
             self.bar.close()
-            for file in (self.board, self.file):
+            for file in filter(None, (self.board, self.file)):
                 with self._best_effort():
                     file.close()
 
@@ -99,11 +108,18 @@ class Metrics:
             "inner_step": progress.inner_step,
             **values,
         }
+        if self.file is None:
+            self.records.append(record)
+            return
         with self._best_effort():
             self.file.write(json.dumps(record) + "\n")
-            for key in values.keys() - {"task", "steps_per_second", "rank"}:
-                if values[key] is not None:
-                    self.board.add_scalar(f"{key}/{values['task']}", values[key], progress.step)
+        shown = values.keys() - {"task", "steps_per_second", "rank"}
+        self._plot({f"{key}/{values['task']}": values[key] for key in shown if values[key] is not None}, progress)
+
+    def _plot(self, scalars: Mapping[str, float], progress: Progress) -> None:
+        with self._best_effort():
+            for tag, value in scalars.items() if self.board is not None else ():
+                self.board.add_scalar(tag, value, progress.step)
 
     @contextmanager
     def _best_effort(self) -> Iterator[None]:

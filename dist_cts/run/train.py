@@ -1,12 +1,16 @@
 """The meta-training entry point, from the configuration to the exported phi."""
 
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dist_cts.algorithms.table import Algorithm, make_algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
+from dist_cts.checkpoint.none import NoCheckpoints
 from dist_cts.distributed.balance import Costs, describe_assignment
 from dist_cts.distributed.numerics import set_numerics
 from dist_cts.distributed.peer_failure import liveness_checked, wait_for_gpu
@@ -15,6 +19,7 @@ from dist_cts.distributed.process_group import (
     backend_timeout,
     check_layouts,
     check_same_bits,
+    from_rank_0,
     process_group,
     raise_on_all_ranks,
     select_device,
@@ -52,10 +57,28 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
         ValueError, FileNotFoundError: the run cannot start as configured.
         RunError: the run failed.
     """
-    config = config.with_run_dir()
-    (config.run_dir / folder.STOPPED).unlink(missing_ok=True)
-    if not fresh:
-        check_imports(config.run_dir)
+    return run(config.with_run_dir(), fresh).code
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The end of a run, the same on every rank.
+
+    `code`: 0 if all M episodes are done, 75 if it stopped on request. `phi`: named tensors on the CPU. `history`: the
+    records of metrics.jsonl, for a run without a folder.
+    """
+
+    code: int
+    phi: dict[str, Tensor]
+    history: list[dict[str, Any]]
+
+
+def run(config: TrainConfig, fresh: bool = False) -> Trained:
+    """As `train`; with `run_dir=None` the run has no folder: it reads and writes no file and cannot be resumed."""
+    if config.run_dir is not None:
+        (config.run_dir / folder.STOPPED).unlink(missing_ok=True)
+        if not fresh:
+            check_imports(config.run_dir)
     device = select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
     with process_group(device, config.timeout_seconds), stop_requests() as stop, liveness_checked() as liveness:
@@ -75,7 +98,8 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
             if config.step == "graph":
                 check_graphs(algorithm, placement, device)
             learners = build_learners(config, placement, device)
-            lock = folder.claim(config.run_dir, fresh) if placement.rank == 0 else nullcontext()
+            is_writer = placement.rank == 0 and config.run_dir is not None
+            lock = folder.claim(config.run_dir, fresh) if is_writer else nullcontext()
         liveness.describe = lambda ranks: (
             f"{describe_ranks(assignment, config.task_names, ranks)}, in step {progress.step},"
         )
@@ -95,15 +119,17 @@ def train(config: TrainConfig, fresh: bool = False) -> int:
 
 def _run(
     config: TrainConfig, state: TrainState, algorithm: Algorithm, placement: Placement, costs: Costs, stop: StopRequest
-) -> int:
+) -> Trained:
     """Resumes, runs Algorithm 2 with the hooks after every step, and exports phi."""
-    checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
+    checkpoints: CheckpointManager | NoCheckpoints = NoCheckpoints()
+    if config.run_dir is not None:
+        checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
     resumed = checkpoints.load_newest(state, config)
     wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
     reducer = MetaReducer(state.phi, state.learners, placement, config.reduction, wait)
     steps = config.episodes * config.inner_steps
     with raise_on_all_ranks(), folder.writing(config.run_dir):
-        if placement.rank == 0:
+        if placement.rank == 0 and config.run_dir is not None:
             keep_costs(config, costs)
             folder.describe_run(config.run_dir, config, state.phi.device, placement.world_size)
         tasks = {task.name: make_loss(config.loss_of(task)).metric for task in config.tasks}
@@ -116,7 +142,9 @@ def _run(
         )
         hooks.read_controls(flush=True)
         hooks.log()
-        return _finish(config, state, checkpoints, finished=state.progress.step == steps)
+        code = _finish(config, state, checkpoints, finished=state.progress.step == steps)
+    named = {name: tensor.cpu().clone() for name, tensor in state.layout.views(state.phi).items()}
+    return Trained(code, named, from_rank_0(metrics.records))
 
 
 def _announce(
@@ -138,13 +166,18 @@ def _announce(
         log_rank0(f"resuming from checkpoint at step {resumed}")
 
 
-def _finish(config: TrainConfig, state: TrainState, checkpoints: CheckpointManager, finished: bool) -> int:
+def _finish(
+    config: TrainConfig, state: TrainState, checkpoints: CheckpointManager | NoCheckpoints, finished: bool
+) -> int:
     """Saves the last checkpoint and exports phi, after the last episode or a stop request; returns the exit code."""
     step = state.progress.step
     check_same_bits(state.phi, step)
     saved = checkpoints.save(state, config, wait=True)
     for learner in state.learners:
         learner.batches.close()
+    if config.run_dir is None:
+        log_rank0(f"{'done' if finished else 'stopped'}: {step} steps")
+        return DONE if finished else STOPPED
     phi = config.run_dir / "phi.safetensors"
     with raise_on_all_ranks(), folder.writing(config.run_dir):
         if dist.get_rank() == 0:

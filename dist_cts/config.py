@@ -174,6 +174,8 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
     for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), str):
+            into[key] = {"name": into[key]}  # `loss: mse`
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:

@@ -27,7 +27,7 @@ def page(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(imports, "IMPORTED", [])
+    imports.IMPORTED.clear()
     tables = [(table, dict(table)) for table in (ALGORITHMS, DATASETS, LOSSES, MODELS)]
     yield tmp_path
     for table, rows in tables:

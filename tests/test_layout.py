@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dist_cts"
 FLOORS = (
     ("__init__",),
     ("atomic", "config", "errors", "flat", "progress", "registry", "schedules", "seeds"),
-    ("losses",),
+    ("losses", "optimizer"),
     ("data", "learner", "models"),
     ("algorithms", "data.prepare", "distributed", "state"),
     ("checkpoint", "meta_train", "step_graph"),

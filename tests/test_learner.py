@@ -5,9 +5,10 @@ import torch
 
 from dist_cts import models
 from dist_cts.algorithms import shifts
-from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner, make_schedule
+from dist_cts.learner import InnerConfig, ResetConfig, TaskLearner
 from dist_cts.losses import accuracy, cross_entropy
 from dist_cts.models import ModelConfig
+from dist_cts.optimizer import make_schedule
 from dist_cts.progress import Progress
 from tests.helpers.batches import MemoryBatches
 

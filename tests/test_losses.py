@@ -99,6 +99,8 @@ def test_a_config_names_a_loss_for_all_tasks_and_for_one(tmp_path):
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
     assert load(TrainConfig, None, ["tasks=[a]", "loss.label_smoothing=0.2"]).loss.label_smoothing == 0.2
     assert make_loss(LossConfig()).metric is ACCURACY
+    named = load(TrainConfig, None, ["tasks=[a]", "loss=mine", "loss.gamma=2"]).loss
+    assert (named.name, named.gamma) == ("mine", 2)
 
 
 @pytest.mark.parametrize(

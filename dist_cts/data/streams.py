@@ -162,14 +162,14 @@ def _by_step(train: Any, name: str, seed: int, batch_size: int) -> Callable[[int
 
 def _function(function: Callable, name: str, seed: int, batch_size: int) -> Callable[[int], Any]:
     parameters = inspect.signature(function).parameters
-    if unknown := [parameter for parameter in parameters if parameter not in PARAMETERS]:
+    if unknown := [key for key, p in parameters.items() if key not in PARAMETERS and p.default is p.empty]:
         known = ", ".join(PARAMETERS)
         raise ValueError(f"task {name}: the parameters of its function may be {known}, not {unknown[0]!r}")
 
     def at(step: int) -> Any:
         generator = torch.Generator().manual_seed(hashed_seed(seed, name, step))
         given = {"step": step, "generator": generator, "batch_size": batch_size}
-        return function(**{parameter: given[parameter] for parameter in parameters})
+        return function(**{key: given[key] for key in parameters if key in given})
 
     return at
 

@@ -12,8 +12,9 @@ from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
 from dist_cts.distributed.process_group import raise_on_all_ranks
 from dist_cts.flat import FlatLayout, load_named
-from dist_cts.learner import Batches, TaskLearner, inner_schedule
+from dist_cts.learner import Batches, TaskLearner
 from dist_cts.losses import make_loss
+from dist_cts.optimizer import inner_schedule
 from dist_cts.run.config import TaskConfig, TrainConfig
 
 
@@ -81,9 +82,7 @@ def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -
 def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, device: torch.device) -> TaskLearner:
     split = open_split(task.name, "train", config.data, device)
     if config.eval_every and task.name in DATASETS:
-        open_split(
-            task.name, "test", config.data, device
-        )  # a missing one ends the run here, not at the first evaluation
+        open_split(task.name, "test", config.data, device)  # if it is missing, before the first step
     batches = split.batches(
         config.seed,
         config.batch_size_of(task),

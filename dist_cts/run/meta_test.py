@@ -24,9 +24,10 @@ from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import FlatParams, load_named
-from dist_cts.learner import InnerConfig, TaskLearner, make_schedule
+from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.losses import LossConfig, LossField, make_loss
 from dist_cts.models import ModelConfig
+from dist_cts.optimizer import make_schedule
 from dist_cts.run.exit_codes import DONE
 from dist_cts.run.report import write_report
 from dist_cts.seeds import hashed_seed

@@ -12,9 +12,10 @@ from dist_cts.distributed.placement import place
 from dist_cts.distributed.process_group import process_group
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.flat import load_named
-from dist_cts.learner import InnerConfig, TaskLearner, inner_schedule
+from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
+from dist_cts.optimizer import inner_schedule
 from dist_cts.progress import Progress
 from dist_cts.seeds import hashed_seed
 from dist_cts.state import TrainState

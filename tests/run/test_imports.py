@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     """An empty working folder; tables, imported modules and the search path are restored."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(imports, "IMPORTED", [])
+    imports.IMPORTED.clear()
     for table in (LOSSES, MODELS):
         for name in table:
             monkeypatch.setitem(table, name, table[name])

@@ -40,6 +40,7 @@ MAY_DIFFER = (
     *("episodes", "run_dir", "device", "deterministic", "placement", "timeout_seconds", "max_minutes", "nonfinite"),
     *("step", "loss_limit", "checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root"),
     *("data.cache", "data.resident_limit_gib", "data.workers", "data.dataset_workers", "data.verify"),
+    *("loggers", "project"),
 )
 _FILES = TypeAdapter(dict[str, StoredFile])
 log = logging.getLogger(__name__)

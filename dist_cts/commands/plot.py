@@ -9,8 +9,8 @@ from dist_cts.run.exit_codes import DONE, finish
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dist-cts plot",
-        description="Draw loss and accuracy of runs, means over their tasks, against the inner steps per task. Values "
-        "on the test splits (eval_every) are dashed.",
+        description="Draw loss, metrics and steps per second against the inner steps per task: of one run a line per "
+        "task, of several the means over their tasks. Values on the test splits (eval_every) are dashed.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the PNG (default: %(default)s)")

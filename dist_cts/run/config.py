@@ -62,6 +62,10 @@ class TrainConfig(Config):
     )
     loss_limit: float = Field(100, gt=0, description="report a task as diverging when its loss exceeds this")
     log_every: int = Field(100, gt=0, description="write metrics every N inner steps")
+    loggers: list[str] = Field(
+        ["tensorboard", "curves"], description="tensorboard, curves (curves.png at the end), wandb, trackio"
+    )
+    project: str = Field("dist_cts", description="project of the run in W&B and Trackio")
     eval_every: int = Field(
         0, ge=0, description="evaluate every task on its test split every N inner steps; 0 disables"
     )

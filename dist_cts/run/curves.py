@@ -9,25 +9,35 @@ from typing import Any
 from dist_cts.losses import RESERVED
 from dist_cts.run.report import start_colours
 
+Line = tuple[str | None, dict[str, Any], tuple[list[int], list[float]]]  # label, look, steps and values
+MANY = 12  # tasks of one run that get a color each; of more, the mean stands out
 
-def task_means(run: Path, key: str, over: str = "cumulative_inner_steps") -> tuple[list[int], list[float]]:
-    """Steps, and at each of them the mean of `key` over the tasks that have it (Figure 6a: loss).
+
+def task_curves(run: Path, key: str, over: str = "step") -> dict[str, dict[int, float]]:
+    """By task, the value of `key` at each step at which the run has recorded it.
 
     Where a run resumed from a checkpoint, the later record counts; values that were not finite do not.
 
     Args:
-        key: loss, test_loss, accuracy, test_accuracy or another metric; no points if the run has not recorded it.
-        over: cumulative_inner_steps, summed over the tasks, or step, of each task.
+        key: loss, test_loss, accuracy, test_accuracy or another metric, or steps_per_second.
+        over: step, of each task, or cumulative_inner_steps, summed over the tasks.
 
     Raises:
         FileNotFoundError: `run` has no metrics.jsonl.
     """
-    values: dict[int, dict[str, float]] = {}
+    curves: dict[str, dict[int, float]] = {}
     for record in read_records(run):
         if record.get(key) is not None:
-            values.setdefault(record[over], {})[record["task"]] = record[key]
-    steps = sorted(values)
-    return steps, [sum(values[step].values()) / len(values[step]) for step in steps]
+            curves.setdefault(record["task"], {})[record[over]] = record[key]
+    return {task: dict(sorted(curve.items())) for task, curve in curves.items()}
+
+
+def task_means(run: Path, key: str, over: str = "cumulative_inner_steps") -> tuple[list[int], list[float]]:
+    """Steps, and at each of them the mean of `key` over the tasks that have it (Figure 6a: loss); see `task_curves`."""
+    curves = task_curves(run, key, over).values()
+    steps = sorted({step for curve in curves for step in curve})
+    values = ([curve[step] for curve in curves if step in curve] for step in steps)
+    return steps, [sum(value) / len(value) for value in values]
 
 
 def recorded_metrics(runs: Iterable[Path]) -> list[str]:
@@ -37,34 +47,52 @@ def recorded_metrics(runs: Iterable[Path]) -> list[str]:
 
 
 def draw_curves(runs: list[Path], out: Path) -> None:
-    """Writes a PNG: a panel for the loss and one per metric, a color per run, against the inner steps per task.
+    """Writes a PNG with panels for the loss, the metrics and the steps per second, against the inner steps per task.
 
-    Values on the test splits are dashed.
+    Of one run, it shows a line per task; of several, a line per run, the mean over its tasks. Values on the test splits
+    are dashed.
 
     Raises:
         ValueError: no run has recorded a step.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    keys = ["loss", *recorded_metrics(runs)]
-    figure, panels = pyplot.subplots(1, len(keys), figsize=(5 * len(keys), 3.6), layout="constrained", squeeze=False)
-    colours = start_colours(map(str, runs))
-    for axes, key in zip(panels[0], keys, strict=True):
-        for run in runs:
-            steps, means = task_means(run, key, "step")
-            axes.plot(steps, means, label=str(run), color=colours[str(run)])
-            axes.plot(*task_means(run, f"test_{key}", "step"), "--", color=colours[str(run)])
-        axes.set_xlabel("inner steps per task")
-        axes.set_ylabel(f"{key}, mean over tasks")
-        axes.spines[["top", "right"]].set_visible(False)
-    if not any(len(line.get_xdata()) for line in panels[0][0].lines):
+    keys = ["loss", *recorded_metrics(runs), "steps_per_second"]
+    tasks = list(task_curves(runs[0], "loss"))
+    if not any(task_curves(run, "loss") for run in runs):
         raise ValueError(f"no metrics recorded yet in {', '.join(map(str, runs))}")
-    panels[0][0].legend(frameon=False)
+    figure = Figure(figsize=(4.2 * len(keys) + 1.5, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    for axes, key in zip(panels, keys, strict=True):
+        per_task = len(runs) == 1 and key != "steps_per_second"
+        for name, style in ((key, "-"), (f"test_{key}", "--")):
+            for label, look, points in _task_lines(runs[0], tasks, name) if per_task else _mean_lines(runs, name):
+                axes.plot(*points, style, label=label if style == "-" else None, **look)
+        axes.set_xlabel("inner steps per task")
+        axes.set_ylabel(key.replace("_", " ") + (", mean over tasks" if len(runs) > 1 and key != keys[-1] else ""))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
     figure.savefig(out, dpi=150)
-    pyplot.close(figure)
+
+
+def _mean_lines(runs: list[Path], key: str) -> Iterator[Line]:
+    colours = start_colours(map(str, runs)).values() if len(runs) > 1 else ["#000000"]
+    for run, colour in zip(runs, colours, strict=True):
+        yield str(run), {"color": colour}, task_means(run, key, "step")
+
+
+def _task_lines(run: Path, tasks: list[str], key: str) -> Iterator[Line]:
+    from matplotlib import colormaps
+
+    curves = task_curves(run, key)
+    for index, task in enumerate(tasks):
+        points = list(curves.get(task, {})), list(curves.get(task, {}).values())
+        if len(tasks) <= MANY:
+            yield task, {"color": colormaps["tab20"](2 * index % 20 + index // 10)}, points  # dark colors first
+        else:
+            yield None, {"color": "#CCCCCC", "linewidth": 0.5}, points
+    if len(tasks) > MANY:
+        yield f"mean of {len(tasks)} tasks", {"color": "#000000"}, task_means(run, key, "step")
 
 
 def read_records(run: Path) -> Iterator[dict[str, Any]]:

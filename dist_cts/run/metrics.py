@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log file."""
+"""Metrics of a run: metrics.jsonl, its loggers, and a progress bar on a terminal or plain lines in a log file."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dist_cts.distributed.placement import Placement
@@ -19,6 +18,7 @@ from dist_cts.distributed.reducer import Control
 from dist_cts.losses import Metric
 from dist_cts.progress import Progress
 from dist_cts.run.console import log_rank0
+from dist_cts.run.loggers import Loggers
 
 
 class Metrics:
@@ -34,6 +34,7 @@ class Metrics:
         placement: Placement,
         progress: Progress,
         steps: int,
+        loggers: Loggers,
     ) -> None:
         """`tasks`: the metric of each; `steps`: total inner steps of the run, for the progress bar.
 
@@ -44,14 +45,13 @@ class Metrics:
         self.active = placement.rank == 0
         self._lost = False  # whether records were lost to a full disk
         self.records: list[dict[str, Any]] = []
-        self.file, self.board = None, None
+        self.file, self.loggers = None, loggers
         self._clear()
         if self.active:
             terminal = sys.stderr.isatty()
             self.bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not terminal, dynamic_ncols=True)
         if self.active and folder is not None:
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=progress.step + 1)
 
     def add(self, control: Control) -> None:
         """Adds the control tail of one reduction."""
@@ -80,7 +80,8 @@ class Metrics:
                     wait_seconds=round(float(self._wait[rank]), 4),
                 )
             mean = {key: sum(values) / len(values) for key, values in means.items()}
-            self._plot({f"mean/{key}": value for key, value in mean.items()} | {"steps_per_second": rate}, progress)
+            scalars = {f"mean/{key}": value for key, value in mean.items()} | {"steps_per_second": rate}
+            self.loggers.log(scalars, progress.step)
             self._show(progress, mean, losses, rate)
         self._clear()
 
@@ -92,13 +93,17 @@ class Metrics:
             shown = f"test {metric.show(values[metric.name])}, " if metric is not None else ""
             log_rank0(f"step {progress.step}: {task} {shown}test loss {values['loss']:.3f}")
 
-    def close(self) -> None:
-        """Closes the files."""
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Closes the file, then the loggers, which may read it."""
         if self.active:
             self.bar.close()
-            for file in filter(None, (self.board, self.file)):
+            if self.file is not None:
                 with self._best_effort():
-                    file.close()
+                    self.file.close()
+            self.loggers.close(failed=failure is not None)
 
     def _write(self, progress: Progress, **values: float | str | None) -> None:
         record = {
@@ -114,12 +119,8 @@ class Metrics:
         with self._best_effort():
             self.file.write(json.dumps(record) + "\n")
         shown = values.keys() - {"task", "steps_per_second", "rank"}
-        self._plot({f"{key}/{values['task']}": values[key] for key in shown if values[key] is not None}, progress)
-
-    def _plot(self, scalars: Mapping[str, float], progress: Progress) -> None:
-        with self._best_effort():
-            for tag, value in scalars.items() if self.board is not None else ():
-                self.board.add_scalar(tag, value, progress.step)
+        scalars = {f"{key}/{values['task']}": values[key] for key in shown if values[key] is not None}
+        self.loggers.log(scalars, progress.step)
 
     @contextmanager
     def _best_effort(self) -> Iterator[None]:

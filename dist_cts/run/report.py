@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from dist_cts.losses import ACCURACY, Metric
 
@@ -67,6 +66,8 @@ def summarize(results: Sequence[Mapping[str, Any]], targets: Sequence[str], metr
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % confidence interval (Student t); NaN for a single value."""
+    from scipy import stats  # late, as it takes most of a second
+
     half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
     return float(np.mean(values)), float(half)
 

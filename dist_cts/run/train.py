@@ -1,6 +1,6 @@
 """The meta-training entry point, from the configuration to the exported phi."""
 
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ from dist_cts.run.costs import keep_costs, shared_costs
 from dist_cts.run.exit_codes import DONE, STOPPED
 from dist_cts.run.hooks import Hooks, export
 from dist_cts.run.imports import check_imports
+from dist_cts.run.loggers import LoggedRun, Loggers, check_loggers
 from dist_cts.run.metrics import Metrics
 from dist_cts.run.shutdown import StopRequest, stop_requests
 from dist_cts.state import TrainState
@@ -86,6 +87,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
         costs = shared_costs(config, device, fresh) if config.placement == "auto" else None
         progress = Progress(config.inner_steps)
         with raise_on_all_ranks():  # errors that a rank can detect without communication
+            check_loggers(config.loggers)
             algorithm = make_algorithm(
                 config.algorithm,
                 config.method,
@@ -133,9 +135,11 @@ def _run(
             keep_costs(config, costs)
             folder.describe_run(config.run_dir, config, state.phi.device, placement.world_size)
         tasks = {task.name: make_loss(config.loss_of(task)).metric for task in config.tasks}
-        metrics = Metrics(config.run_dir, tasks, placement, state.progress, steps)
+        metrics = Metrics(
+            config.run_dir, tasks, placement, state.progress, steps, _open_loggers(config, state.progress)
+        )
     _announce(config, algorithm, placement, costs, resumed)
-    with closing(metrics):
+    with metrics:
         hooks = Hooks(config, state, algorithm, placement, reducer, metrics, checkpoints, stop)
         meta_train(
             state, algorithm, reducer, beta=config.meta_lr, M=config.episodes, K=config.inner_steps, after_step=hooks
@@ -145,6 +149,15 @@ def _run(
         code = _finish(config, state, checkpoints, finished=state.progress.step == steps)
     named = {name: tensor.cpu().clone() for name, tensor in state.layout.views(state.phi).items()}
     return Trained(code, named, from_rank_0(metrics.records))
+
+
+def _open_loggers(config: TrainConfig, progress: Progress) -> Loggers:
+    """Those of the configuration; none on other ranks than 0, or without a run folder."""
+    if config.run_dir is None or dist.get_rank() != 0:
+        return Loggers()
+    return Loggers(
+        config.loggers, LoggedRun(config.run_dir, config.project, config.model_dump(mode="json"), progress.step)
+    )
 
 
 def _announce(

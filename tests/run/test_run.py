@@ -29,6 +29,7 @@ def config(tasks, tmp_path):
     return TrainConfig(
         tasks=["a", "b"], episodes=M, inner_steps=K, meta_lr=0.5, batch_size=8, run_dir=tmp_path / "run", device="cpu",
         eval_every=3, model={"name": "tiny"}, data={"root": tasks}, checkpoint={"every_steps": 0},
+        loggers=[],
     )  # fmt: skip
 
 

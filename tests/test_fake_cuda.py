@@ -140,7 +140,7 @@ def train(state, placement, algorithm="cts", reduction="mean", episodes=2, watch
 
 def check(state, reducer):
     """Devices, dtypes, shapes and strides of all that stays between two steps."""
-    assert state.phi.device == reducer.buffer.device == CUDA
+    assert state.phi.device == reducer._idle[0].buffer.device == CUDA
     for learner in state.learners:
         tensors = learner.state_dict() | {"loss": learner.loss, "counters": learner.counters}
         assert {tensor.device for tensor in tensors.values()} == {CUDA}

@@ -111,6 +111,17 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
     return mine
 
 
+def overlapping_groups(device: torch.device, reductions: int, timeout_seconds: float) -> list[dist.ProcessGroup | None]:
+    """Process groups that together run so many collectives at the same time; None is the default group.
+
+    A group of gloo runs two at a time, each in a thread that sleeps while it waits. NCCL uses one group, which runs
+    them one after another: concurrent communicators need care that no GPU has tested here. Collective.
+    """
+    more = 0 if device.type == "cuda" else (reductions - 1) // 2
+    timeout = timedelta(seconds=backend_timeout(device, timeout_seconds))
+    return [None, *(dist.new_group(timeout=timeout) for _ in range(more))]
+
+
 def gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     values = [value] * dist.get_world_size()

@@ -39,7 +39,7 @@ class Noise:
     def __init__(self, device: torch.device, *, pixels: int, count: int = 1024, classes: int = 10) -> None:
         """`images` is uint8 [count, pixels, pixels, 3], `labels` int64 [count]."""
         images = np.random.default_rng(0).integers(0, 256, (count, pixels, pixels, 3), dtype=np.uint8)
-        self.manifest = SimpleNamespace(name="noise", count=count, classes=classes, pixels=pixels)
+        self.manifest = SimpleNamespace(name="noise", count=count, classes=classes, pixels=pixels, sha256="noise")
         self.device, self.labels = device, np.arange(count) % classes
         self.images = torch.from_numpy(images).to(device)
 

@@ -58,13 +58,13 @@ class Rank:
         self.taken = 0
         self.zeros = torch.zeros(self.reducer.message_numel)
 
-    def block(self, name: str, steps: int, straggler: str = "") -> float:
-        """Seconds per step over a block, on the slowest rank."""
+    def block(self, name: str, steps: int, straggler: str = "") -> tuple[float, float]:
+        """Seconds per step over a block, on the slowest rank, and CPU seconds, the mean over the ranks."""
         step = self.steps[name]
         dist.barrier()
         for _ in range(self.ahead.get(name, 0) + 2):
             step()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.taken += 1
             late = {"": (), "hiccup": (1,), "in turn": (self.taken // EVERY % dist.get_world_size(),)}[straggler]
@@ -72,8 +72,10 @@ class Rank:
                 time.sleep(SLEEP)
             step()
         seconds = torch.tensor((time.perf_counter() - started) / steps)
+        cpu = torch.tensor((time.process_time() - used) / steps / dist.get_world_size())
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return seconds.item()
+        dist.all_reduce(cpu)
+        return seconds.item(), cpu.item()
 
     def all_reduce(self, rounds: int) -> float:
         """Median seconds of a blocking all-reduce of the reducer's message."""
@@ -188,14 +190,18 @@ def measure(hosts: Hosts, milliseconds: float, megabits: int | None, methods: li
     """Calibration and seconds per step of every method, a value per round, in one condition."""
     hosts.link.delay_ms, hosts.link.rate_mbit = milliseconds, megabits or 0
     megabytes = min(64, megabits // 20) if megabits else 64
-    result = {"delay_ms": milliseconds, "mbit": megabits, "seconds": {name: [] for name in methods}}
+    result = {"delay_ms": milliseconds, "mbit": megabits}
+    result |= {part: {name: [] for name in methods} for part in ("seconds", "cpu_seconds")}
     result["calibration"] = hosts.ask("ping", address=hosts.address, megabytes=megabytes)
     hosts.ask("all_reduce", rounds=2)
     result["all_reduce"] = hosts.ask("all_reduce", rounds=5)
     relayed, dropped = hosts.link.packets, hosts.link.dropped
     for number in range(args.rounds):
         for name in methods[:: 1 if number % 2 else -1]:
-            result["seconds"][name].append(hosts.ask("block", name=name, steps=args.steps))
+            for part, value in zip(
+                ("seconds", "cpu_seconds"), hosts.ask("block", name=name, steps=args.steps), strict=True
+            ):
+                result[part][name].append(value)
     result |= {"packets": hosts.link.packets - relayed, "dropped": hosts.link.dropped - dropped}
     return result
 
@@ -210,7 +216,7 @@ def stragglers(hosts: Hosts, args) -> list[dict]:
         for name in names:
             for kind in kinds:
                 steps = max(2, len(hosts.ranks)) * EVERY
-                seconds[name][kind].append(hosts.ask("block", name=name, steps=steps, straggler=kind))
+                seconds[name][kind].append(hosts.ask("block", name=name, steps=steps, straggler=kind)[0])
     for name, by_kind in seconds.items():
         rows.append({"step": name} | {kind or "none": by_kind[kind] for kind in kinds})
     return rows
@@ -299,6 +305,7 @@ def table_rows(conditions: list[dict], message_bytes: int, hosts: int) -> list[d
         for name, seconds in condition["seconds"].items():
             row = {"one way, ms": condition["delay_ms"], "Mbit/s": condition["mbit"] or "-", "step": name}
             row["ms"] = report.shown(report.spread([1e3 * value for value in seconds]))
+            row["CPU ms"] = 1e3 * statistics.median(condition["cpu_seconds"][name])
             row["/ sgd"] = report.shown(report.ratio(seconds, condition["seconds"]["sgd"]))
             row["model, ms"] = row["model / measured"] = "-"
             kind, _, delay = name.partition(" ")

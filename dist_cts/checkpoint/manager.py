@@ -184,8 +184,7 @@ class CheckpointManager:
                 damaged.append(path)
                 continue
             load_named(state.layout, state.phi, states[PHI])
-            deltas = states.get(DELTAS, {})
-            state.reduced |= {int(started): delta.to(state.phi.device) for started, delta in deltas.items()}
+            state.reduced |= {int(key): delta.to(state.phi.device) for key, delta in states.get(DELTAS, {}).items()}
             for learner in state.learners:
                 tensors = states[task_file(learner.name)]
                 learner.load_state_dict({key: value.to(state.phi.device) for key, value in tensors.items()})

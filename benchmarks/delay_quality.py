@@ -37,10 +37,13 @@ at the end of an episode are applied in the next one, instead of before it.
 DELAYS, BETAS, SEEDS = (0, 1, 2, 4, 8, 16), (0.03, 0.1), (0, 1, 2)
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # of section 4.1
 SMALL = ("model={name: resnet8, width: 0.5}", "batch_size=16", "data.padding=2", "device=cpu")
-SETS = {  # configuration, its meta-test, and the sizes for which there is time
-    "demo": ("demo", ("episodes=4", "inner_steps=60"), ("steps=60", "seeds=1")),
-    "real": ("long_horizon", ("episodes=3", "inner_steps=100"), ("steps=100", "seeds=1", "train_limit=400")),
+GRID_BETAS, GRID_DELAYS = (0.01, 0.03, 0.1, 0.2, 0.3), (0, 1, 2, 4, 8, 16, 32, 64)  # synthetic
+SETS = {"demo": "demo", "real": "long_horizon"}  # configurations
+SIZES = {  # overrides of meta-training and meta-test: what there is time for
+    "demo": (("episodes=4", "inner_steps=60"), ("steps=60", "seeds=1")),
+    "real": (("episodes=3", "inner_steps=100"), ("steps=100", "seeds=1", "train_limit=400")),
 }
+HARMLESS = 1.1  # times the loss at d = 0
 FAILED = 1e3  # a loss above it counts as divergence
 
 
@@ -53,6 +56,16 @@ def synthetic(beta: float, delay: int, crossing: bool) -> dict[str, float]:
     return {"loss": kept.mean().item() if len(kept) else None, "diverged": 1 - len(kept) / len(ends)}
 
 
+def synthetic_grid(delays: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """`synthetic` by delay, beta and crossing."""
+    return {
+        f"d{delay}-beta{beta:g}{'-crossing' * crossing}": synthetic(beta, delay, crossing)
+        for beta in GRID_BETAS
+        for delay in delays
+        for crossing in ((False, True) if delay else (False,))
+    }
+
+
 def crossed(steps: int):
     """A block in which deltas in flight cross the end of every episode but the last."""
     finished = MetaReducer.finished
@@ -61,10 +74,12 @@ def crossed(steps: int):
     )
 
 
-def one_run(name: str, beta: float, delay: int, seed: int, crossing: bool, data: Path, work: Path) -> dict:
+def one_run(
+    name: str, beta: float, delay: int, seed: int, crossing: bool, size: tuple, data: Path, work: Path
+) -> dict[str, object]:
     """Meta-trains and meta-tests; the mean training loss of the last episode and the accuracy on every target."""
-    file, training, testing = SETS[name]
-    folder = work / f"{name}-d{delay}-beta{beta:g}-seed{seed}{'-crossing' * crossing}"
+    file, (training, testing) = SETS[name], size
+    folder = work / key(name, beta, delay, seed, crossing)
     values = [*SMALL, *training, f"data.root={data}", f"meta_lr={beta}", f"method.delay={delay}", f"seed={seed}"]
     values += [f"run_dir={folder}", "log_every=20", "check_every=100000", "checkpoint.every_steps=0"]
     config = load(TrainConfig, CONFIGS / f"{file}.yaml", values)
@@ -89,9 +104,9 @@ def one_run(name: str, beta: float, delay: int, seed: int, crossing: bool, data:
 
 
 def interval(values: list[float]) -> dict[str, float]:
-    """Mean, and half the width of its 95 % interval (Student t)."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
-    return {"mean": statistics.mean(values), "half": float(half), "runs": len(values)}
+    """Mean, and half the width of its 95 % interval (Student t); 0 for a single run."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "half": half, "runs": len(values)}
 
 
 def summary(results: dict[str, dict]) -> list[dict[str, object]]:
@@ -129,34 +144,48 @@ def key(name: str, beta: float, delay: int, seed: int, crossing: bool = False) -
     return f"{name}-d{delay}-beta{beta:g}-seed{seed}{'-crossing' * crossing}"
 
 
+def largest_harmless(grid: dict[str, dict], beta: float) -> int:
+    """The largest delay up to which the synthetic loss is at most HARMLESS times that of d = 0."""
+    limit, harmless = HARMLESS * grid[f"d0-beta{beta:g}"]["loss"], 0
+    for delay in GRID_DELAYS:
+        loss = grid[f"d{delay}-beta{beta:g}"]["loss"]
+        if loss is None or loss > limit:
+            break
+        harmless = delay
+    return harmless
+
+
 def plot(rows: list[dict], grid: dict[str, dict], path: Path) -> None:
-    """Loss and accuracy against beta d, relative to d = 0."""
+    """Loss and accuracy against the delay, and the largest harmless delay against beta."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for beta in BETAS:
-        for name in SETS:
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    for beta in GRID_BETAS:
+        losses = [grid[f"d{delay}-beta{beta:g}"]["loss"] or float("nan") for delay in GRID_DELAYS]
+        axes[0].plot(GRID_DELAYS, losses, marker="o", markersize=3, label=f"beta {beta:g}")
+    for name in SETS:
+        for beta in BETAS:
             own = [row for row in rows if (row["tasks"], row["beta"], row["crossing"]) == (name, beta, False)]
             for axis, part in ((axes[1], "loss"), (axes[2], "accuracy")):
-                points = [(row["d"], row[part]) for row in own if row[part]]
-                axis.errorbar(
-                    [d for d, _ in points],
-                    [value["mean"] for _, value in points],
-                    [value["half"] for _, value in points],
-                    label=f"{name}, beta {beta:g}",
-                    capsize=2,
-                    marker="o",
-                    markersize=3,
-                )
-        line = [(d, grid[f"d{d}-beta{beta:g}"]) for d in DELAYS]
-        axes[0].plot(DELAYS, [value["loss"] for _, value in line], marker="o", markersize=3, label=f"beta {beta:g}")
+                points = [(row["d"], row[part]["mean"], row[part]["half"]) for row in own if row[part]]
+                if points:
+                    delays, means, halves = zip(*points, strict=True)
+                    axis.errorbar(
+                        delays, means, halves, label=f"{name}, beta {beta:g}", capsize=2, marker="o", markersize=3
+                    )
     titles = ("synthetic: mean loss after 100 steps", "training loss, last episode", "meta-test accuracy, %")
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, title in zip(axes, titles, strict=False):
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xticks(DELAYS, DELAYS)
+        axis.set_xticks(GRID_DELAYS if axis is axes[0] else DELAYS, GRID_DELAYS if axis is axes[0] else DELAYS)
         axis.set(xlabel="delay d, steps", title=title)
         axis.legend(fontsize=7)
     axes[0].set_yscale("log")
+    harmless = [largest_harmless(grid, beta) for beta in GRID_BETAS]
+    axes[3].loglog(GRID_BETAS, harmless, "o-", label=f"synthetic: loss <= {HARMLESS} x that of d = 0")
+    axes[3].loglog(GRID_BETAS, [1 / beta for beta in GRID_BETAS], "k--", label="beta d = 1")
+    axes[3].loglog(GRID_BETAS, [0.5 / beta for beta in GRID_BETAS], "k:", label="beta d = 0.5")
+    axes[3].set(xlabel="beta", ylabel="d", title="largest harmless delay")
+    axes[3].legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -166,30 +195,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--demo-data", type=Path, default="data/demo")
     parser.add_argument("--real-data", type=Path, help="prepared tasks of configs/long_horizon.yaml; none: left out")
+    parser.add_argument("--report", action="store_true", help="start no run; report those that have finished")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     names = [name for name in SETS if name != "real" or args.real_data]
     plan = [(n, b, d, s, False) for s in SEEDS for d in DELAYS for b in BETAS for n in names]
     plan += [(n, 0.1, d, s, True) for s in SEEDS for d in (4, 8) for n in names]
-    if args.quick:
-        plan, SETS["demo"] = plan[:1], (SETS["demo"][0], ("episodes=1", "inner_steps=20"), ("steps=2", "seeds=1"))
-    grid = {
-        f"d{delay}-beta{beta:g}{'-crossing' * crossing}": synthetic(beta, delay, crossing)
-        for beta in (BETAS[1:] if args.quick else BETAS)
-        for delay in (DELAYS[:1] if args.quick else DELAYS)
-        for crossing in (False, True)
-    }
+    sizes = {"demo": (("episodes=1", "inner_steps=20"), ("steps=2", "seeds=1"))} if args.quick else SIZES
     for file, model in zip(FILES, (TrainConfig, MetaTestConfig), strict=True):
         config = load(model, file)
         draw_missing(file, args.demo_data, config.task_names if model is TrainConfig else config.targets)
     args.work.mkdir(parents=True, exist_ok=True)
-    (args.work / "synthetic.json").write_text(json.dumps(grid, indent=1))
+    surface = args.work / "synthetic.json"
+    grid = json.loads(surface.read_text()) if surface.exists() else synthetic_grid((0,) if args.quick else GRID_DELAYS)
+    surface.write_text(json.dumps(grid, indent=1))
     results = {}
-    for name, beta, delay, seed, crossing in plan:
+    for name, beta, delay, seed, crossing in plan[:1] if args.quick else plan:
         path = args.work / f"{key(name, beta, delay, seed, crossing)}.json"
         if not path.exists():
+            if args.report:
+                continue
             data = args.real_data if name == "real" else args.demo_data
-            record = one_run(name, beta, delay, seed, crossing, data, args.work / "runs")
+            record = one_run(name, beta, delay, seed, crossing, sizes[name], data, args.work / "runs")
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(record))
             os.replace(temporary, path)
@@ -200,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows
     ]
     report.publish("delay-quality", {"synthetic": grid, "runs": results, "summary": rows}, shown, args)
-    if args.out or not args.quick:
+    if not args.quick:
         plot(rows, grid, (args.out or report.RESULTS) / f"{time.strftime('%F')}-delay-quality.png")
 
 

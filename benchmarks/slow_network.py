@@ -253,6 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a block (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", help="of the list above, such as `cts 4` (default: all)")
+    parser.add_argument(
+        "--keep", type=Path, help="file of the conditions measured so far, to go on after an interruption"
+    )
     parser.add_argument("--stragglers", action="store_true", help="measure stragglers too")
     parser.add_argument("--rank", help="internal: the settings of a rank")
     args = parser.parse_args(arguments)
@@ -270,11 +273,17 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             print(f"skipped: {error}")
             return
-        conditions = []
-        for rate in args.mbit:
-            for delay in args.delays_ms:
-                conditions.append(measure(hosts, delay, rate or None, methods, args))
-                print(summary(conditions[-1]), file=sys.stderr, flush=True)
+        kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
+        wanted = {
+            f"{delay:g} ms, {rate} Mbit/s": (delay, rate or None) for rate in args.mbit for delay in args.delays_ms
+        }
+        for name, condition in wanted.items():
+            if name not in kept:
+                kept[name] = measure(hosts, *condition, methods, args)
+                print(summary(kept[name]), file=sys.stderr, flush=True)
+                if args.keep:
+                    args.keep.write_text(json.dumps(kept))
+        conditions = [kept[name] for name in wanted]
         late = stragglers(hosts, args) if args.stragglers else []
     rows = table_rows(conditions, hosts.message_bytes, args.hosts)
     for row in late:

@@ -112,12 +112,12 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
 
 
 def overlapping_groups(device: torch.device, reductions: int, timeout_seconds: float) -> list[dist.ProcessGroup | None]:
-    """Process groups that together run so many collectives at the same time; None is the default group.
+    """Process groups, the default one (None) first, that together run so many collectives at the same time.
 
-    A group of gloo runs two at a time, each in a thread that sleeps while it waits. NCCL uses one group, which runs
-    them one after another: concurrent communicators need care that no GPU has tested here. Collective.
+    A group of gloo runs two, in threads that sleep while they wait. At most 16 groups, for the sockets. NCCL uses one
+    group and runs one after another: concurrent communicators need care that no GPU has tested here. Collective.
     """
-    more = 0 if device.type == "cuda" else (reductions - 1) // 2
+    more = 0 if device.type == "cuda" else min((reductions - 1) // 2, 15)
     timeout = timedelta(seconds=backend_timeout(device, timeout_seconds))
     return [None, *(dist.new_group(timeout=timeout) for _ in range(more))]
 

@@ -98,7 +98,8 @@ def _run(
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
     resumed = checkpoints.load_newest(state, config)
     wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
-    delay = config.method.delay
+    delay, device = config.method.delay, state.phi.device
+    in_flight = delay // (algorithm.period or config.inner_steps) + 1
     reducer = MetaReducer(
         state.phi,
         state.learners,
@@ -106,7 +107,7 @@ def _run(
         config.reduction,
         wait,
         delay=delay,
-        groups=overlapping_groups(state.phi.device, delay + 1, config.timeout_seconds),
+        groups=overlapping_groups(device, in_flight, config.timeout_seconds),
         reduced=state.reduced,
     )
     steps = config.episodes * config.inner_steps

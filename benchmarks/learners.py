@@ -20,7 +20,7 @@ from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.data.batches import DataConfig, TaskBatches
 from dist_cts.distributed.numerics import PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.placement import Placement, place
-from dist_cts.distributed.process_group import process_group, select_device
+from dist_cts.distributed.process_group import overlapping_groups, process_group, select_device
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
@@ -39,7 +39,7 @@ class Noise:
     def __init__(self, device: torch.device, *, pixels: int, count: int = 1024, classes: int = 10) -> None:
         """`images` is uint8 [count, pixels, pixels, 3], `labels` int64 [count]."""
         images = np.random.default_rng(0).integers(0, 256, (count, pixels, pixels, 3), dtype=np.uint8)
-        self.manifest = SimpleNamespace(name="noise", count=count, classes=classes, pixels=pixels)
+        self.manifest = SimpleNamespace(name="noise", count=count, classes=classes, pixels=pixels, sha256="noise")
         self.device, self.labels = device, np.arange(count) % classes
         self.images = torch.from_numpy(images).to(device)
 
@@ -140,15 +140,23 @@ class PlainTask:
 
 
 class MetaTraining:
-    """Continual trajectory shifting with the real loop, one step per call, for this rank's learners."""
+    """A method with the real loop, one step per call, for this rank's learners; the episode never ends."""
 
-    def __init__(self, learners: list[TaskLearner], tasks: int, placement: Placement | None = None) -> None:
-        """phi is the first learner's theta, equal on every rank. `tasks`: T over all ranks."""
+    def __init__(
+        self,
+        learners: list[TaskLearner],
+        tasks: int,
+        placement: Placement | None = None,
+        algorithm: str = "cts",
+        delay: int = 0,
+    ) -> None:
+        """phi is the first learner's theta, equal on every rank. `tasks`: T over all ranks. Collective."""
         self.learners, self.progress = learners, Progress(FOREVER)
         self.phi: Tensor = learners[0].theta.clone()
         placement = placement or place(tasks, dist.get_world_size(), dist.get_rank())
-        self.reducer = MetaReducer(self.phi, learners, placement)
-        self.algorithm = ALGORITHMS["cts"]
+        groups = overlapping_groups(self.phi.device, delay + 1, 120)
+        self.reducer = MetaReducer(self.phi, learners, placement, delay=delay, groups=groups)
+        self.algorithm = ALGORITHMS[algorithm]
 
     def step(self) -> None:
         """One step of Algorithm 2."""

@@ -26,7 +26,10 @@ model     NOT a measurement: compute + all-reduce on nodes of 8 GPUs, by the lat
           its ring and its tree (src/graph/tuning.cc, protocol LL128: 1.9 and 1.25 us per hop over NVLink, 4.0 and 8.5
           us over InfiniBand, 6.6 and 6.8 us in all) and 370 GB/s of bus bandwidth (published for 8 H100 with NVLink;
           between nodes one 400 Gb/s port per GPU gives the same). For 8 GPUs it says 29 us at 1.1 MB where 25 to 32 are
-          published, and 236 us at 45 MB where 195 at 34 and 267 at 50 are. No stragglers, and nothing overlaps.
+          published, and 236 us at 45 MB where 195 at 34 and 267 at 50 are. No stragglers. `efficiency` overlaps
+          nothing; `d = 1` has method.delay=1. Two sites: 50 ms one way and 10 Gbit/s between them, an all-reduce within
+          each site and one exchange between them; as many reductions in flight as the delay.
+          benchmarks/slow_network.py compares the delay's model with measurements.
 
   python benchmarks/scaling.py --world-size 2
   torchrun --nnodes=2 --nproc_per_node=8 benchmarks/scaling.py --device cuda        (all of its ranks, no smaller jobs)
@@ -41,7 +44,7 @@ def measured_step(device: torch.device, model: str, batch_size: int, pixels: int
     learners.share_cores(ranks)
     noise = learners.Noise(device, pixels=pixels)
     cts = learners.MetaTraining([learners.make_learner(noise, model, batch_size)], dist.get_world_size())
-    zeros = torch.zeros_like(cts.reducer.buffer)
+    zeros = cts.phi.new_zeros(cts.reducer.message_numel)
     competitors = {
         "step": lambda: learners.finish(device, cts.step),
         "all_reduce": lambda: learners.finish(device, lambda: dist.all_reduce(zeros)),
@@ -92,7 +95,7 @@ def dry_run(tasks: int, world_size: int, model: str, steps: int = 3) -> dict[str
         "ranks a task": placements[0].data_ranks,
         "collectives a step": sent.collectives / steps,
         "bytes a step": sent.bytes / steps,
-        "of which the meta-update's": cts.reducer.buffer.nbytes,
+        "of which the meta-update's": 4 * cts.reducer.message_numel,
     }
 
 
@@ -114,6 +117,31 @@ def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[
         row = {"MODEL": name, "GPUs": gpus, "all-reduce ms": 1e3 * seconds[best], "by": best}
         for compute in compute_ms:
             row[f"efficiency at {compute:g} ms"] = compute / (compute + row["all-reduce ms"])
+            late = delayed_step(compute / 1e3, seconds[best], seconds[best], 1)  # NCCL runs one all-reduce at a time
+            row[f"d = 1 at {compute:g} ms"] = compute / 1e3 / late
+        yield row
+
+
+def delayed_step(compute: float, all_reduce: float, wire: float, delay: int) -> float:
+    """MODEL of the seconds of a step whose all-reduce is waited for `delay` steps later.
+
+    The message of step k has to arrive before step k + d + 1: d steps take at least as long as an all-reduce, and a
+    step at least as long as its message occupies the wire.
+    """
+    return max(compute, all_reduce / delay, wire) if delay else compute + all_reduce
+
+
+def far_rows(name: str, numel: int, compute_ms: float = 100, mbit: float = 10_000) -> Iterator[dict[str, object]]:
+    """The model's table for two sites of W / 2 GPUs with 50 ms one way between them, by delay."""
+    for gpus in (16, 128, 1024):
+        size = 4 * (numel + 2 + gpus + 4 * gpus)
+        wire = size / (mbit * 1e6 / 8)
+        seconds = (
+            min(all_reduce_seconds(size, gpus // 2).values()) + 2 * 0.05 + wire
+        )  # within a site, then between them
+        row = {"MODEL, two sites": name, "GPUs": gpus, "compute ms": compute_ms, "all-reduce ms": 1e3 * seconds}
+        for delay in (0, 1, 2, 4):
+            row[f"efficiency, d = {delay}"] = compute_ms / 1e3 / delayed_step(compute_ms / 1e3, seconds, wire, delay)
         yield row
 
 
@@ -145,9 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(row | {"efficiency": alone / statistics.median(seconds["step"])})
     dry = [dry_run(tasks, ranks, args.model) for tasks, ranks in layouts]
     model = [row for name in MODELS for row in model_rows(name, body_size(name), args.compute_ms)]
-    print(report.table(rows), report.table(dry), sep="\n\n", end="\n\n")
+    far = [row for name in MODELS for row in far_rows(name, body_size(name))]
+    print(report.table(rows), report.table(dry), report.table(far), sep="\n\n", end="\n\n")
     results = {"model": args.model, "batch_size": args.batch_size, "pixels": args.pixels, "measured": measured}
-    results |= {"dry_run": dry, "MODEL, not measured": model}
+    results |= {"dry_run": dry, "MODEL, not measured": model, "MODEL, two sites": far}
     report.publish("scaling", results, model, args, args.device, args.world_size)
 
 

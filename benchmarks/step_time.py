@@ -92,7 +92,7 @@ def measure(
         "seconds_per_step": {name: [value / BLOCK for value in values] for name, values in times.items()},
         "cpu_seconds_per_step": {name: values[-int(rounds) :] for name, values in cpu.items()},
         "seconds_of_parts": parts(cts, device),
-        "bytes_reduced": cts.reducer.buffer.nbytes,
+        "bytes_reduced": 4 * cts.reducer.message_numel,
     }
 
 
@@ -138,7 +138,8 @@ def parts(cts: learners.MetaTraining, device: torch.device, steps: int = 10) -> 
         patch(learner.batches, "next", watch.watch("data", learner.batches.next)),
         patch(learner, "compute_gradient", watch.watch("forward, backward", learner.compute_gradient)),
         patch(learner.optimizer, "step", watch.watch("update", learner.optimizer.step)),
-        patch(cts.reducer, "mean", watch.watch("pack", cts.reducer.mean)),
+        patch(cts.reducer, "start", watch.watch("pack", cts.reducer.start)),
+        patch(cts.reducer, "finished", watch.watch("pack", cts.reducer.finished)),
         patch(dist, "all_reduce", wait_then_reduce),
     ):
         watch.watch("rest", lambda: [cts.step() for _ in range(steps)])()

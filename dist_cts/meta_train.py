@@ -44,10 +44,11 @@ def meta_train(
                 learner.inner_step(algorithm.observe)  # theta <- theta - alpha grad L(theta)
             if k % period == 0:
                 gradients = [algorithm.meta_gradient(learner, phi) for learner in learners]
-                delta = reducer.mean(gradients, progress.step, scale=-beta)
+                reducer.start(gradients, progress.step, scale=-beta)
+            elif k % CONTROL_PERIOD == 0:
+                reducer.exchange(progress.step)
+            for delta in reducer.finished(progress.step, flush=k == K):  # of step k - delay; at k = K of all steps
                 phi += delta  # meta-update
                 for learner in learners:
                     algorithm.shift(learner, phi, delta, progress)  # theta <- theta + delta
-            elif k % CONTROL_PERIOD == 0:
-                reducer.exchange(progress.step)
             after_step()

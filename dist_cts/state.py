@@ -1,6 +1,6 @@
 """TrainState: everything that training changes on this rank; checkpoints save and restore it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,10 +13,12 @@ from dist_cts.progress import Progress
 class TrainState:
     """The replicated phi, this rank's learners in task order, and the run's progress.
 
-    phi [N] is bit-identical on all ranks; `layout` names the tensors inside it.
+    phi [N] is bit-identical on all ranks; `layout` names the tensors inside it. `reduced`: the deltas [N] that are not
+    applied yet, by the step of their meta-gradients; complete after `MetaReducer.drain`.
     """
 
     phi: Tensor
     layout: FlatLayout
     learners: list[TaskLearner]
     progress: Progress
+    reduced: dict[int, Tensor] = field(default_factory=dict)

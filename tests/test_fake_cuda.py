@@ -34,7 +34,7 @@ class Source(ResidentSource):
     """A task without content in device memory."""
 
     def __init__(self, task, device):
-        self.manifest = SimpleNamespace(name=str(task), count=64, pixels=8)
+        self.manifest = SimpleNamespace(name=str(task), count=64, pixels=8, sha256="")
         self.device, self.labels = device, np.arange(64) % 4
         self.images = torch.zeros(64, 8, 8, 3, dtype=torch.uint8, device=device)
 
@@ -129,8 +129,9 @@ def make_state(device, model="tiny", tasks=1, ranks=1, optimizer="sgd", autocast
 def train(state, placement, algorithm="cts", reduction="mean", episodes=2, watch=None, method=None):
     """Episodes of meta-training from where the state is; the last one inside `watch`."""
     beta = 1.0 if algorithm == "mtl" else 0.1
-    row = make_algorithm(algorithm, method or MethodConfig(), inner_steps=K, meta_lr=beta, seed=0)
-    reducer = MetaReducer(state.phi, state.learners, placement, reduction)
+    method = method or MethodConfig()
+    row = make_algorithm(algorithm, method, inner_steps=K, meta_lr=beta, seed=0)
+    reducer = MetaReducer(state.phi, state.learners, placement, reduction, delay=method.delay)
     done = state.progress.step // K
     meta_train(state, row, reducer, beta=beta, M=done + episodes - 1, K=K)
     with watch:
@@ -140,7 +141,7 @@ def train(state, placement, algorithm="cts", reduction="mean", episodes=2, watch
 
 def check(state, reducer):
     """Devices, dtypes, shapes and strides of all that stays between two steps."""
-    assert state.phi.device == reducer.buffer.device == CUDA
+    assert state.phi.device == reducer._idle[0].buffer.device == CUDA
     for learner in state.learners:
         tensors = learner.state_dict() | {"loss": learner.loss, "counters": learner.counters}
         assert {tensor.device for tensor in tensors.values()} == {CUDA}
@@ -179,6 +180,16 @@ def test_gradients_instead_of_differences_do_not_wait_for_the_gpu(group, fake_gp
     waits = Waits()
     method = MethodConfig(meta_gradient="fomaml", gradient_batch=batch)
     check(state, train(state, placement, "cts", watch=waits, method=method))
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("reduction", ["mean", "ordered"])
+def test_a_delayed_reduction_does_not_wait_for_the_gpu(group, fake_gpu, reduction):
+    state, placement = make_state(CUDA)
+    waits = Waits()
+    reducer = train(state, placement, reduction=reduction, watch=waits, method=MethodConfig(delay=1))
+    check(state, reducer)
+    assert len(reducer._idle) == 2
     assert waits.found == []
 
 

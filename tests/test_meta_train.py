@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.distributed.placement import Placement, data_group, even_assignment
-from dist_cts.distributed.process_group import check_layouts
+from dist_cts.distributed.process_group import check_layouts, overlapping_groups
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.flat import FlatLayout, load_named
@@ -45,7 +45,7 @@ def phi_zero():
     return named_body(models.build(TINY, 1, "phi")[0])
 
 
-def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext):
+def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext, delay=0):
     """phi after M episodes on this rank; the loop runs inside `watch()`. `tasks`: how many, or the ranks of each."""
     assignment = even_assignment(tasks, world_size) if isinstance(tasks, int) else tasks
     placement = Placement(assignment, world_size, rank)
@@ -60,19 +60,19 @@ def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", wat
     check_layouts(learners[0].flat.body_layout)
     phi = torch.zeros(layout.numel)
     load_named(layout, phi, phi_zero())
-    reducer = MetaReducer(phi, learners, placement, reduction)
+    groups = overlapping_groups(phi.device, delay + 1, 60)
+    reducer = MetaReducer(phi, learners, placement, reduction, delay=delay, groups=groups)
     state = TrainState(phi, layout, learners, Progress(K))
     with watch():
         meta_train(state, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K)
     return {name: view.clone() for name, view in layout.views(phi).items()}
 
 
-def oracle(tasks, inner, algorithm="cts"):
+def oracle(tasks, inner, algorithm="cts", **options):
     learners = [make_model(task)[0] for task in range(tasks)]
     batches = [MemoryBatches(task, classes=3 + task) for task in range(tasks)]
-    return reference(
-        phi_zero(), learners, lambda t, s: batches[t].batch_at(s), inner, beta=BETA, M=M, K=K, algorithm=algorithm
-    )
+    options |= {"beta": BETA, "M": M, "K": K, "algorithm": algorithm}
+    return reference(phi_zero(), learners, lambda t, s: batches[t].batch_at(s), inner, **options)
 
 
 def assert_close(phi, expected, tolerance):
@@ -106,6 +106,17 @@ def test_data_groups_of_unequal_size_equal_the_oracle(run_ranks):
     assert_close(phis[0], oracle(2, INNER["momentum and decay"]), 1e-6)
 
 
+@pytest.mark.parametrize("delay", [1, 4])
+def test_delayed_cts_equals_the_oracle_on_1_2_and_4_ranks(run_ranks, delay):
+    expected, plain = (oracle(T, INNER["momentum and decay"], delay=d) for d in (delay, 0))
+    assert max((expected[name] - plain[name]).abs().max() for name in plain) > 1e-3
+    for world_size in (1, 2, 4):
+        arguments = (world_size, T, INNER["momentum and decay"], "cts", "mean", nullcontext, delay)
+        phis = run_ranks(world_size, train, *arguments)
+        assert_same_bits(phis)
+        assert_close(phis[0], expected, 1e-6)
+
+
 @pytest.mark.parametrize("inner", ["sgd", "nesterov", "adam"])
 def test_inner_optimizers_equal_the_oracle(run_ranks, inner):
     assert_close(run_ranks(2, train, 2, T, INNER[inner])[0], oracle(T, INNER[inner]), 1e-6)
@@ -117,8 +128,10 @@ def test_other_rows_equal_the_oracle(run_ranks, algorithm):
     assert_close(phis[0], oracle(T, INNER["momentum and decay"], algorithm), 1e-6)
 
 
-def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks):
-    phis = [run_ranks(w, train, w, T, INNER["momentum and decay"], "cts", "ordered") for w in (1, 2, 4)]
+@pytest.mark.parametrize("delay", [0, 2])
+def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks, delay):
+    options = INNER["momentum and decay"], "cts", "ordered", nullcontext, delay
+    phis = [run_ranks(w, train, w, T, *options) for w in (1, 2, 4)]
     assert_same_bits([phi for ranks in phis for phi in ranks])
 
 
@@ -176,13 +189,13 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def beside_forward_and_backward(monkeypatch, model, tasks):
+def beside_forward_and_backward(monkeypatch, model, tasks, delay=0):
     """The operations of a run without forward and backward passes, and the number of tensors in the body."""
     monkeypatch.setitem(globals(), "TINY", ModelConfig(name=model))
     loss = torch.zeros(())
     monkeypatch.setattr(TaskLearner, "compute_gradient", lambda self, batch: (loss, loss))
     mode = Operations(FlatLayout.of(phi_zero().items()).numel)
-    train(0, 1, tasks, INNER["momentum and decay"], watch=lambda: mode)
+    train(0, 1, tasks, INNER["momentum and decay"], watch=lambda: mode, delay=delay)
     return mode, len(phi_zero())
 
 
@@ -192,8 +205,10 @@ def test_a_step_takes_as_many_operations_for_few_tensors_as_for_many(group_of_on
     many, more_tensors = beside_forward_and_backward(monkeypatch, "resnet20", tasks)
     assert more_tensors > 3 * tensors
     assert few.count == many.count > 0
-    # What the README says: theta, its gradient and momentum of every learner; phi and the reduction's buffer.
+    # What docs/running.md says: theta, its gradient and momentum of every learner; phi and a buffer per reduction.
     assert many.vectors == 2 + 3 * tasks
+    late, _ = beside_forward_and_backward(monkeypatch, "tiny", tasks, delay=3)
+    assert late.vectors == few.vectors + 3
 
 
 def test_a_resumed_progress_counts_on():

@@ -3,6 +3,7 @@
 The loop of dist_cts/meta_train.py with a batch of points for theta; a test compares both to 1e-10.
 """
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -58,16 +59,19 @@ def meta_train_grid(
     M: int,
     K: int,
     reset_optimizer: bool = False,
+    delay: int = 0,
+    crossing: bool = False,
 ) -> Tensor:
     """phi [1 + updates, G, 2]: `starts` [G, 2] and the position of each after every meta-update.
 
-    `algorithm` is one of METHODS.
+    `algorithm` is one of METHODS. With `crossing`, meta-updates in flight at the end of an episode are applied in the
+    next one, not before it.
     """
     assert algorithm in METHODS, algorithm
     period = K if algorithm == "reptile" else 1
     trajectories = Trajectories(env, starts, inner)
-    phi, path = starts, [starts]
-    for _ in range(M):
+    phi, path, late = starts, [starts], deque[tuple[int, Tensor]]()
+    for m in range(M):
         if reset_optimizer:
             _load_optimizer(trajectories, {})
         begin = _optimizer_state(trajectories)
@@ -75,7 +79,10 @@ def meta_train_grid(
         for k in range(1, K + 1):
             trajectories.step()
             if k % period == 0:
-                delta = beta * (trajectories.theta - phi[:, None]).mean(1)
+                late.append((m * K + k, beta * (trajectories.theta - phi[:, None]).mean(1)))
+            flush = k == K and (not crossing or m == M - 1)
+            while late and (flush or late[0][0] + delay <= m * K + k):
+                _, delta = late.popleft()
                 phi = phi + delta
                 path.append(phi)
                 if algorithm == "cts":

@@ -21,6 +21,9 @@ class MethodConfig(Config):
 
     shift_every: int | None = Field(None, gt=0, description="inner steps between meta-updates; default 1, divides K")
     shift_scale: float | None = Field(None, gt=0, description="factor on the shift of theta; default 1")
+    delay: int = Field(
+        0, ge=0, description="inner steps during which a reduction runs before phi and theta are shifted"
+    )
     meta_gradient: Literal["reptile", "fomaml"] | None = Field(
         None, description="reptile or fomaml, for algorithms that update phi within an episode; default reptile"
     )
@@ -83,17 +86,18 @@ def table(method: MethodConfig, seed: int = 0) -> dict[str, Algorithm]:
     fomaml, held_out = partial(meta_gradients.fomaml, batch=batch), int(batch == "next")
     gradient, cost = (fomaml, 1) if method.meta_gradient == "fomaml" else (meta_gradients.reptile, 0)
     inside = ("shift_every", "meta_gradient", "gradient_batch")
+    late = (*inside, "delay")  # phi and theta take a meta-update as well some steps later
     return {
         "cts": Algorithm(
-            gradient, every, partial(shifts.continual, scale=scale), evaluations=cost, takes=(*inside, "shift_scale")
+            gradient, every, partial(shifts.continual, scale=scale), evaluations=cost, takes=(*late, "shift_scale")
         ),
-        "no_shifting": Algorithm(gradient, every, evaluations=cost, takes=inside),
+        "no_shifting": Algorithm(gradient, every, evaluations=cost, takes=late),
         "random_shifting": Algorithm(
             gradient,
             every,
             partial(shifts.random, seed=seed, scale=scale),
             evaluations=cost,
-            takes=(*inside, "shift_scale"),
+            takes=(*late, "shift_scale"),
         ),
         "accurate": Algorithm(
             gradient, every, shifts.exact, begin=shifts.begin_exact, evaluations=cost, replays=True, takes=inside
@@ -143,9 +147,9 @@ def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr
     if not isinstance(row, Algorithm):
         check_options("method.args", row, method.args)
         row = row(**method.args)
-    for option in ("shift_every", "shift_scale", "meta_gradient", "gradient_batch"):
+    for option in ("shift_every", "shift_scale", "delay", "meta_gradient", "gradient_batch"):
         value = getattr(method, option)
-        if value is not None and option not in row.takes:
+        if value not in (None, 0) and option not in row.takes:
             why = "updates phi once per episode, without shift" if row.period is None else "does not use it"
             raise ValueError(f"method.{option}={value}: algorithm={name} {why}; leave it out")
     if method.gradient_batch is not None and row.evaluations == 0:
@@ -157,6 +161,11 @@ def make_algorithm(name: str, method: MethodConfig, *, inner_steps: int, meta_lr
         raise ValueError(
             f"method.shift_every={row.period} does not divide inner_steps={inner_steps}: the last "
             f"{inner_steps % row.period} steps of each episode would be lost"
+        )
+    if method.delay >= inner_steps:
+        raise ValueError(
+            f"method.delay={method.delay} must be below inner_steps={inner_steps}: no meta-update would arrive within "
+            "its episode"
         )
     if name in ("imaml", "leap") and inner_steps == 1:
         raise ValueError(f"algorithm={name} needs a trajectory: set inner_steps to 2 or more, not 1")

@@ -116,6 +116,17 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) 
     return mine
 
 
+def overlapping_groups(device: torch.device, reductions: int, timeout_seconds: float) -> list[dist.ProcessGroup | None]:
+    """Process groups, the default one (None) first, that together run so many collectives at the same time.
+
+    A group of gloo runs two, in threads that sleep while they wait. At most 16 groups, for the sockets. NCCL uses one
+    group and runs one after another: concurrent communicators need care that no GPU has tested here. Collective.
+    """
+    more = 0 if device.type == "cuda" else min((reductions - 1) // 2, 15)
+    timeout = timedelta(seconds=backend_timeout(device, timeout_seconds))
+    return [None, *(dist.new_group(timeout=timeout) for _ in range(more))]
+
+
 def gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     values = [value] * dist.get_world_size()

@@ -1,7 +1,7 @@
 """The all-reduce: one collective per meta-update with the mean meta-gradient and a control tail."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,13 +34,29 @@ class Control:
     nonfinite: list[int]
 
 
+@dataclass
+class _Message:
+    """A buffer and the reduction that it is used for."""
+
+    buffer: Tensor
+    vectors: Tensor  # [rows, N], the first part of the buffer
+    tail: Tensor  # its other part
+    gathered: Tensor | None  # [W, length of the buffer], for `ordered`
+    step: int = 0
+    scale: float | None = None  # None: only the tail is reduced
+    work: dist.Work | None = None  # of a delayed reduction
+
+
 class MetaReducer:
-    """Mean over T tasks of vectors [N]: one buffer and one collective per call, for any number of tasks and ranks.
+    """Mean over T tasks of vectors [N]: one buffer and one collective per meta-update, for any number of tasks, ranks.
 
     The buffer holds the sum over this rank's learners, then the tail: stop request, step, wait seconds [W], and four
     rows [4, T] of steps, loss, metric and non-finite flags. All ranks thus agree on stopping, NaN and desync at the
     same step, at no extra cost. `ordered` gathers the T vectors and adds them in task order: bit-identical on every
     placement that gives each task one rank, for W times the memory.
+
+    With a `delay` of d steps, the collective of step k overlaps with the next d steps, and all ranks wait for it after
+    step k + d. Every reduction in flight has a buffer of its own.
     """
 
     def __init__(
@@ -50,60 +66,72 @@ class MetaReducer:
         placement: Placement,
         reduction: Reduction = "mean",
         wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
+        *,
+        delay: int = 0,
+        groups: Sequence[dist.ProcessGroup | None] = (None,),
+        reduced: dict[int, Tensor] | None = None,
     ) -> None:
         """`phi` [N] gives length, device and dtype; `learners` are this rank's, in task order.
 
-        `wait` returns when a CUDA event has happened, or raises: a reduction whose peer is gone never ends.
+        `wait` returns when a CUDA event has happened, or raises: a reduction whose peer is gone never ends. `groups`
+        take turns. `reduced`: deltas [N] that `drain` has waited for, by the step at which they started.
         """
         tasks, world_size = placement.tasks, placement.world_size
-        self.numel = numel = phi.numel()
+        self.phi, self.numel = phi, phi.numel()
         self.learners, self.placement, self.reduction, self.wait = learners, placement, reduction, wait
+        self.delay, self.groups, self.reduced = delay, deque(groups), {} if reduced is None else reduced
         taken = Counter[int]()
         self.places: list[tuple[int, int]] = []  # of each task, for `ordered`: its first rank and its row there
         for first, *_ in placement.assignment:
             self.places.append((first, taken[first]))
             taken[first] += 1
         self.rows = max(taken.values()) if reduction == "ordered" else 1
-        self.buffer = phi.new_zeros(self.rows * numel + 2 + world_size + 4 * tasks)
-        self.vectors = self.buffer[: self.rows * numel].view(self.rows, numel)
-        self.tail = self.buffer[self.rows * numel :]
+        self.message_numel = self.rows * self.numel + 2 + world_size + 4 * tasks
+        self._idle, self._in_flight = [self._message()], deque[_Message]()
         self.integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[phi.itemsize]
         self.stop_requested = False
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._received: list[Control] = []
 
-    def mean(self, gradients: Iterable[Tensor], step: int, scale: float = 1.0) -> Tensor:
-        """`scale` times the mean over all T tasks [N], bit-identical on every rank; valid until the next call.
+    def start(self, gradients: Iterable[Tensor], step: int, scale: float = 1.0) -> None:
+        """Starts reducing `scale` times the mean over all T tasks; every rank calls this at the same `step`.
 
         `gradients` yields one vector [N] per local learner, in order, and may be overwritten. A non-finite one counts
-        as zero and sets its task's flag. Every rank calls this at the same `step`.
+        as zero and sets its task's flag. Overwrites what `finished` has returned.
         """
+        message = self._idle.pop() if self._idle else self._message()
         if self.placement.contributes:  # the ranks of a data group hold the same vector: the first contributes it
             for row, (gradient, learner) in enumerate(zip(gradients, self.learners, strict=True)):
-                self._add(row, gradient, learner)
+                self._add(message.vectors, row, gradient, learner)
         else:
-            self.vectors.zero_()
-        self._pack(step)
-        if self.reduction == "mean":
-            dist.all_reduce(self.buffer)
-            self._send(self.tail, step)
-            return self.vectors[0].mul_(scale / self.placement.tasks)
-        gathered = self.buffer.new_empty(self.placement.world_size, self.buffer.numel())
-        dist.all_gather_into_tensor(gathered.view(-1), self.buffer)
-        self._send(gathered[:, self.rows * self.numel :].sum(0), step)
-        total = self.vectors[0].zero_()
-        for rank, row in self.places:
-            total += gathered[rank, row * self.numel : (row + 1) * self.numel]
-        return total.mul_(scale / self.placement.tasks)
+            message.vectors.zero_()
+        self._send(message, step, scale)
 
     def exchange(self, step: int) -> None:
-        """Reduces only the tail: for algorithms with many steps between two meta-updates."""
-        self._pack(step)
-        dist.all_reduce(self.tail)
-        self._send(self.tail, step)
+        """Starts reducing only the tail: for algorithms with many steps between two meta-updates."""
+        self._send(self._idle.pop() if self._idle else self._message(), step, None)
+
+    def finished(self, step: int, flush: bool = False) -> list[Tensor]:
+        """The deltas [N] to apply after `step`, oldest first, bit-identical on every rank; valid until the next start.
+
+        Waits for the reductions started `delay` steps ago or earlier; `flush`: for all of them.
+        """
+        due = step if flush else step - self.delay
+        deltas = [self.reduced.pop(started) for started in sorted(self.reduced) if started <= due]
+        while self._in_flight and self._in_flight[0].step <= due:
+            delta = self._complete(self._in_flight.popleft())
+            deltas += [] if delta is None else [delta]
+        return deltas
+
+    def drain(self) -> None:
+        """Waits for all reductions in flight and moves their deltas to `reduced`, which a checkpoint saves."""
+        while self._in_flight:
+            message = self._in_flight.popleft()
+            if (delta := self._complete(message)) is not None:
+                self.reduced[message.step] = delta.clone()
 
     def received(self, flush: bool = False) -> list[Control]:
-        """The tails that have arrived since the last call, oldest first: all but the latest reduction's.
+        """The tails of the finished reductions since the last call, oldest first: all but the latest one's.
 
         Reading one reduction late keeps the GPU busy with the next step; `flush` waits for the latest, too. Every rank
         that calls this at the same step gets the same result.
@@ -116,20 +144,26 @@ class MetaReducer:
         received, self._received = self._received, []
         return received
 
-    def _add(self, row: int, gradient: Tensor, learner: TaskLearner) -> None:
+    def _message(self) -> _Message:
+        buffer, size = self.phi.new_zeros(self.message_numel), self.rows * self.numel
+        ordered = self.reduction == "ordered"
+        gathered = buffer.new_empty(self.placement.world_size, self.message_numel) if ordered else None
+        return _Message(buffer, buffer[:size].view(self.rows, self.numel), buffer[size:], gathered)
+
+    def _add(self, vectors: Tensor, row: int, gradient: Tensor, learner: TaskLearner) -> None:
         # Inf or NaN anywhere makes the sum Inf or NaN, and its difference with itself NaN; the host reads no value.
         total = gradient.sum()
         finite = total - total == 0
         learner.flag_nonfinite(~finite)
         # As integers, NaN times 0 is 0, and times 1 keeps all bits; on a CPU this takes half the time of `where`.
         if self.reduction == "ordered" or row == 0:
-            torch.mul(gradient.view(self.integer), finite, out=self.vectors[row].view(self.integer))
+            torch.mul(gradient.view(self.integer), finite, out=vectors[row].view(self.integer))
         else:
             gradient.view(self.integer).mul_(finite)
-            self.vectors[0] += gradient
+            vectors[0] += gradient
 
-    def _pack(self, step: int) -> None:
-        placement, tail = self.placement, self.tail
+    def _pack(self, tail: Tensor, step: int) -> None:
+        placement = self.placement
         header = [float(self.stop_requested), float(step % STEP_MODULUS), *[0.0] * placement.world_size]
         header[2 + placement.rank] = sum(learner.take_wait_seconds() for learner in self.learners)
         # One copy from pinned memory: assigning Python numbers to elements would make the host wait for the GPU.
@@ -140,7 +174,36 @@ class MetaReducer:
             # The D ranks of a data group see D slices of one batch: their means count 1 / D each.
             torch.div(learner.take_counters(), placement.data_ranks, out=rows[:, task])
 
-    def _send(self, tail: Tensor, step: int) -> None:
+    def _send(self, message: _Message, step: int, scale: float | None) -> None:
+        self._pack(message.tail, step)
+        message.step, message.scale = step, scale
+        self.groups.rotate(-1)  # the same group on every rank
+        options = {"group": self.groups[0], "async_op": self.delay > 0}
+        if scale is None:
+            message.work = dist.all_reduce(message.tail, **options)
+        elif message.gathered is None:
+            message.work = dist.all_reduce(message.buffer, **options)
+        else:
+            message.work = dist.all_gather_into_tensor(message.gathered.view(-1), message.buffer, **options)
+        self._in_flight.append(message)
+
+    def _complete(self, message: _Message) -> Tensor | None:
+        """Waits for a reduction, on a GPU in the current stream and not on the host; its delta [N], if it has one."""
+        if message.work is not None:
+            message.work.wait()
+        self._idle.append(message)
+        total, gathered, size = message.vectors[0], message.gathered, self.rows * self.numel
+        if message.scale is None or gathered is None:
+            self._read(message.tail, message.step)
+        else:
+            self._read(gathered[:, size:].sum(0), message.step)
+            total.zero_()
+            for rank, row in self.places:
+                total += gathered[rank, row * self.numel : (row + 1) * self.numel]
+        return None if message.scale is None else total.mul_(message.scale / self.placement.tasks)
+
+    def _read(self, tail: Tensor, step: int) -> None:
+        """Copies a reduced tail to the host; the copy is read one reduction later."""
         event = None
         if tail.is_cuda:
             host = torch.empty(tail.shape, dtype=tail.dtype, pin_memory=True)

@@ -41,6 +41,7 @@ class Hooks:
         self.reducer, self.metrics, self.checkpoints, self.stop = reducer, metrics, checkpoints, stop
         self.started = time.monotonic()
         self.diverging: set[int] = set()  # tasks already reported
+        self.restarted: dict[int, int] = {}  # the step after which a task's learner restarted from phi
         self.order: tuple[Hook, ...] = (
             self.request_stop,  # into the next reduction's control tail
             self.read_controls,  # of the reductions that have completed
@@ -73,6 +74,8 @@ class Hooks:
         config, step = self.config, self.state.progress.step
         periods = config.log_every, config.eval_every, config.check_every, config.snapshot_every
         due = any(period and step % period == 0 for period in periods) or self.checkpoints.due(step)
+        if flush or self.checkpoints.due(step):
+            self.reducer.drain()  # the checkpoint holds the deltas in flight
         for control in self.reducer.received(flush=flush or due):
             self._handle(control)
 
@@ -131,11 +134,13 @@ class Hooks:
                 f"loss_limit={limit:g}; lower inner.lr or meta_lr"
             )
         self.diverging |= above
-        if control.nonfinite:
-            self._restart_nonfinite(control)
+        # The steps between a non-finite update and its learner's restart are not finite either: one restart for all.
+        tasks = [task for task in control.nonfinite if control.step > self.restarted.get(task, 0)]
+        if tasks:
+            self._restart_nonfinite(control, tasks)
 
-    def _restart_nonfinite(self, control: Control) -> None:
-        names = ", ".join(self.config.task_names[task] for task in control.nonfinite)
+    def _restart_nonfinite(self, control: Control, tasks: list[int]) -> None:
+        names = ", ".join(self.config.task_names[task] for task in tasks)
         fault = f"step {control.step}: the update of task {names} is not finite"
         if self.config.nonfinite == "abort":
             latest = f"; the latest checkpoint is in {self.checkpoints.folder}" if self.checkpoints.folder else ""
@@ -144,8 +149,9 @@ class Hooks:
                 f"or set nonfinite=skip{latest}"
             )
         log_rank0(f"{fault}; its learner restarts from phi")
+        self.restarted |= dict.fromkeys(tasks, self.state.progress.step)
         for task, learner in zip(self.placement.local_tasks, self.state.learners, strict=True):
-            if task in control.nonfinite:
+            if task in tasks:
                 learner.restart(self.state.phi)
                 self.algorithm.begin(learner)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_cts.algorithms.delay import delay_warning
 from dist_cts.algorithms.table import Algorithm, make_algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
 from dist_cts.checkpoint.none import NoCheckpoints
@@ -20,6 +21,7 @@ from dist_cts.distributed.process_group import (
     check_layouts,
     check_same_bits,
     from_rank_0,
+    overlapping_groups,
     process_group,
     raise_on_all_ranks,
     select_device,
@@ -128,7 +130,18 @@ def _run(
         checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
     resumed = checkpoints.load_newest(state, config)
     wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
-    reducer = MetaReducer(state.phi, state.learners, placement, config.reduction, wait)
+    delay, device = config.method.delay, state.phi.device
+    in_flight = delay // (algorithm.period or config.inner_steps) + 1
+    reducer = MetaReducer(
+        state.phi,
+        state.learners,
+        placement,
+        config.reduction,
+        wait,
+        delay=delay,
+        groups=overlapping_groups(device, in_flight, config.timeout_seconds),
+        reduced=state.reduced,
+    )
     steps = config.episodes * config.inner_steps
     with raise_on_all_ranks(), folder.writing(config.run_dir):
         if placement.rank == 0 and config.run_dir is not None:
@@ -173,6 +186,9 @@ def _announce(
             f"warning: inner.optimizer={config.inner.optimizer}: the error of the shift is not bounded and the paper "
             "found much worse initializations (supplement A); consider inner.optimizer=sgd, which has momentum"
         )
+    late = config.method.delay if config.algorithm == "cts" else 0
+    if warning := delay_warning(config.inner, config.meta_lr, K, delay=late, period=algorithm.period or K):
+        log_rank0(warning)
     if config.placement != "even":
         log_rank0(describe_assignment(placement.assignment, config.task_names, costs))
     if resumed is not None:

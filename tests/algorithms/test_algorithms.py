@@ -9,7 +9,7 @@ from dist_cts.algorithms import meta_gradients
 from dist_cts.algorithms.meta_gradients import IMAMLConfig
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig, make_algorithm
 from dist_cts.distributed.placement import place
-from dist_cts.distributed.process_group import process_group
+from dist_cts.distributed.process_group import overlapping_groups, process_group
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
@@ -37,8 +37,12 @@ CASES = {
         {"meta_gradient": "fomaml", "shift_scale": 0.3},
         {"gradient": "fomaml", "scale": 0.3},
     ),
+    "cts 2 steps late": ("cts", 0.5, {"delay": 2}, {"delay": 2}),
+    "cts every 2, a step late": ("cts", 0.5, {"shift_every": 2, "delay": 1}, {"every": 2, "delay": 1}),
     "no_shifting": ("no_shifting", 0.5, {}, {}),
+    "no_shifting a step late": ("no_shifting", 0.5, {"delay": 1}, {"delay": 1}),
     "random_shifting": ("random_shifting", 0.5, {}, {}),
+    "random_shifting a step late": ("random_shifting", 0.5, {"delay": 1}, {"delay": 1}),
     "accurate": ("accurate", 0.5, {}, {}),
     "accurate every 2": ("accurate", 0.5, {"shift_every": 2}, {"every": 2}),
     "reptile": ("reptile", 0.5, {}, {}),
@@ -88,14 +92,19 @@ def named(learner, vector):
     return {name: view.clone() for name, view in learner.flat.body_layout.views(vector).items()}
 
 
-def run(case, placement, phi, learners, progress, stop_at=M * K):
+def run(case, placement, phi, learners, progress, stop_at=M * K, reduced=None):
+    """Returns the deltas in flight after the step `stop_at`; `reduced`: those of the run that it resumes."""
+
     def after_step():
         progress.stopping = progress.step == stop_at
 
-    reducer = MetaReducer(phi, learners, placement)
-    beta = CASES[case][1]
-    state = TrainState(phi, learners[0].flat.body_layout, learners, progress)
+    _, beta, options, *_ = CASES[case]
+    state = TrainState(phi, learners[0].flat.body_layout, learners, progress, reduced or {})
+    groups = overlapping_groups(phi.device, options.get("delay", 0) + 1, 30)
+    reducer = MetaReducer(phi, learners, placement, delay=options.get("delay", 0), groups=groups, reduced=state.reduced)
     meta_train(state, make(case), reducer, beta=beta, M=M, K=K, after_step=after_step)
+    reducer.drain()
+    return state.reduced
 
 
 def start(learners):
@@ -166,12 +175,13 @@ def test_an_episode_interrupted_after_its_second_step_resumes_bit_identically(al
 
     before, progress = make_learners(range(T), inner_of(case)), Progress(K)
     phi = start(before)
-    run(case, alone, phi, before, progress, stop_at=K + 2)
+    reduced = run(case, alone, phi, before, progress, stop_at=K + 2)
+    assert len(reduced) == CASES[case][2].get("delay", 0)
     after = make_learners(range(T), inner_of(case))
     for learner, state in zip(after, [learner.state_dict() for learner in before], strict=True):
         learner.load_state_dict({name: value.clone() for name, value in state.items()})
         learner.seek(progress.step)
-    run(case, alone, phi, after, Progress(K, progress.step))
+    run(case, alone, phi, after, Progress(K, progress.step), reduced=reduced)
     assert torch.equal(phi, expected)
 
 
@@ -268,6 +278,10 @@ BAD = {
     "shift_every=2: algorithm=mtl": ("mtl", {"shift_every": 2}),
     "gradient_batch=next: algorithm=leap": ("leap", {"gradient_batch": "next"}),
     "gradient_batch=next: the Reptile difference uses no batch": ("cts", {"gradient_batch": "next"}),
+    "delay=2: algorithm=reptile updates phi once per episode": ("reptile", {"delay": 2}),
+    "delay=2: algorithm=accurate does not use it": ("accurate", {"delay": 2}),
+    "delay=2: algorithm=mtl does not use it": ("mtl", {"delay": 2}),
+    "delay=10 must be below inner_steps=10": ("cts", {"delay": 10}),
     "shift_every=3 does not divide inner_steps=10: the last 1 steps": ("cts", {"shift_every": 3}),
 }
 

@@ -21,7 +21,7 @@ from dist_cts.checkpoint.manager import MAY_DIFFER, CheckpointConfig, Checkpoint
 from dist_cts.checkpoint.phi import export_phi, load_phi
 from dist_cts.config import Config
 from dist_cts.distributed.placement import data_group, place
-from dist_cts.distributed.process_group import process_group
+from dist_cts.distributed.process_group import overlapping_groups, process_group
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.flat import load_named
@@ -46,6 +46,7 @@ class RunConfig(Config):
     algorithm: str = "cts"
     reduction: str = "ordered"
     tasks: int = T
+    delay: int = 0
     inner: InnerConfig = InnerConfig(lr=0.05)
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=0)
 
@@ -68,7 +69,10 @@ def start(rank, world_size, folder, config=None, warn=print):
     state = TrainState(phi, layout, learners, Progress(K))
     return SimpleNamespace(
         config=config, state=state, **vars(state), checkpoints=checkpoints,
-        reducer=MetaReducer(phi, learners, placement, config.reduction),
+        reducer=MetaReducer(
+            phi, learners, placement, config.reduction, delay=config.delay, reduced=state.reduced,
+            groups=overlapping_groups(phi.device, config.delay + 1, 60),
+        ),
     )  # fmt: skip
 
 
@@ -77,6 +81,7 @@ def load(run):
 
 
 def save(run, step=None, wait=False):
+    run.reducer.drain()
     now = run.progress.step
     run.progress.step = now if step is None else step
     try:
@@ -97,7 +102,7 @@ def train(run, until=STEPS, after_step=lambda step: None):
 
 def tensors(run):
     """Every tensor of this rank's run, copied, and the next 100 batches."""
-    state = {PHI: run.phi}
+    state = {PHI: run.phi} | {f"delta {step}": delta for step, delta in run.state.reduced.items()}
     for learner in run.learners:
         state |= {f"{learner.name}.{key}": value for key, value in learner.state_dict().items()}
         steps = range(learner.batches.step, learner.batches.step + 100)
@@ -169,6 +174,8 @@ RUNS = {
     "a data group of 2 ranks": (2, RunConfig(tasks=1)),
     "adam": (1, RunConfig(inner=InnerConfig(optimizer="adam", lr=0.005))),
     "reptile": (1, RunConfig(algorithm="reptile")),
+    "2 steps late on 2 ranks": (2, RunConfig(delay=2)),
+    "4 steps late, mean on 4 ranks": (4, RunConfig(delay=4, reduction="mean")),
 }
 
 

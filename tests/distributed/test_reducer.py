@@ -38,7 +38,8 @@ def reduce(rank, world_size, tasks, reduction, poisoned=None, stopper=None):
         for gradient, learner in zip(gradients, learners, strict=True):
             if learner.task == poisoned and step == 2:
                 gradient[3] = float("nan")
-        means.append(reducer.mean(gradients, step).clone())
+        reducer.start(gradients, step)
+        means += [mean.clone() for mean in reducer.finished(step)]
         controls += reducer.received()
     controls += reducer.received(flush=True)
     return SimpleNamespace(means=means, controls=controls)
@@ -78,6 +79,7 @@ def leave_lock_step(rank):
     placement = place(2, 2, rank)
     reducer = MetaReducer(torch.zeros(5), [StubLearner(rank)], placement)
     reducer.exchange(5 + rank)
+    reducer.finished(5 + rank)
     try:
         reducer.received(flush=True)
     except RuntimeError as error:
@@ -98,7 +100,7 @@ def test_one_collective_per_step_and_its_bytes_at_64_ranks(monkeypatch):
         sent = []
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: sent.append(tensor.numel()))
         reducer = MetaReducer(torch.zeros(1000), [StubLearner(13)], place(64, 64, 13))
-        reducer.mean([torch.ones(1000)], 1)
+        reducer.start([torch.ones(1000)], 1)
     finally:
         dist.destroy_process_group()
     assert sent == [1000 + 2 + 64 + 4 * 64]

@@ -44,7 +44,7 @@ class Noise(ResidentSource):
 
     def __init__(self, task, device, pixels, count=64):
         generator = torch.Generator().manual_seed(task)
-        self.manifest = SimpleNamespace(name=str(task), count=count, pixels=pixels, classes=4)
+        self.manifest = SimpleNamespace(name=str(task), count=count, pixels=pixels, classes=4, sha256="")
         self.device, self.labels = device, np.arange(count) % 4
         self.images = torch.randint(256, (count, pixels, pixels, 3), dtype=torch.uint8, generator=generator).to(device)
 
@@ -62,11 +62,11 @@ def make_state(learners, K=6):
     return TrainState(learners[0].theta.clone(), learners[0].flat.body_layout, learners, Progress(K))
 
 
-def train(state, steps, algorithm="cts", ranks=1, rank=0):
+def train(state, steps, algorithm="cts", ranks=1, rank=0, delay=0):
     """Trains for `steps` inner steps from where `state` is; returns its phi."""
     beta, K = 1.0 if algorithm == "mtl" else 0.1, state.progress.inner_steps_per_episode
-    row = make_algorithm(algorithm, MethodConfig(), inner_steps=K, meta_lr=beta, seed=0)
-    reducer = MetaReducer(state.phi, state.learners, place(ranks * len(state.learners), ranks, rank))
+    row = make_algorithm(algorithm, MethodConfig(delay=delay), inner_steps=K, meta_lr=beta, seed=0)
+    reducer = MetaReducer(state.phi, state.learners, place(ranks * len(state.learners), ranks, rank), delay=delay)
     last, state.progress.stopping = state.progress.step + steps, False
 
     def after_step():
@@ -98,6 +98,14 @@ def assert_same(first, second):
 def test_every_algorithm_has_the_cpu_s_results(algorithm):
     found, expected = (
         train(make_state([make_learner(task, device) for task in range(2)], K=4), 8, algorithm).cpu()
+        for device in (DEVICE, CPU)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_delayed_run_has_the_cpu_s_results():
+    found, expected = (
+        train(make_state([make_learner(task, device) for task in range(2)], K=6), 12, delay=2).cpu()
         for device in (DEVICE, CPU)
     )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -101,7 +101,8 @@ def imaml(model, batch, head, lam, iterations):
 def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head="fc", **options):
     """phi: {name: tensor}; models: one per task; batches(task, step) -> (x, y). Returns phi after M episodes.
 
-    options: every, scale, gradient ("fomaml" within an episode), lam, iterations, direction(step) -> {name: tensor}.
+    options: every, delay (in steps), scale, gradient ("fomaml" within an episode), lam, iterations,
+    direction(step) -> {name: tensor}.
     """
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
@@ -116,6 +117,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                 p.data.copy_(phi[name])
         starts = [copy.deepcopy((m.state_dict(), o.state_dict())) for m, o in zip(models, optimizers, strict=True)]
         paths = [[] for _ in models]
+        late = []  # (step, meta-update) not yet applied
 
         def pull(name, p, phi=phi):
             return options["lam"] * (p - phi[name]) if algorithm == "imaml" else 0
@@ -126,39 +128,43 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                     sgd_step(model, optimizer, batches(task, step), head, lr_at(inner, k - 1, K), clip, pull)
                 )
             step += 1
-            if k % every:
-                continue
-            gradients = []
-            for task, model in enumerate(models):
-                if algorithm == "fomaml" or options.get("gradient") == "fomaml":
-                    gradients.append(fomaml(model, batches(task, step - 1), head))
-                elif algorithm == "fomaml++":
-                    gradients.append({n: sum(point[2][n] for point in paths[task]) / K for n in phi})
-                elif algorithm == "imaml":
-                    gradients.append(imaml(model, batches(task, step - 1), head, options["lam"], options["iterations"]))
-                elif algorithm == "leap":
-                    gradients.append(leap(paths[task]))
-                else:
-                    gradients.append({n: phi[n] - body[task][n].data for n in phi})
-            delta = {n: -beta * sum(gradient[n] for gradient in gradients) / len(models) for n in phi}
-            for name in phi:
-                phi[name] += delta[name]
-            if algorithm == "random_shifting":
-                length = sum((d**2).sum() for d in delta.values()).sqrt()
-                direction = options["direction"](step)
-                scale = length / sum((d**2).sum() for d in direction.values()).sqrt()
-                delta = {n: scale * d for n, d in direction.items()}
-            for task, theta in enumerate(body):
-                if algorithm == "accurate" and k < K:
-                    models[task].load_state_dict(starts[task][0])
-                    optimizers[task].load_state_dict(copy.deepcopy(starts[task][1]))
-                for name, p in theta.items():
-                    if algorithm in ("cts", "random_shifting"):
-                        p.data += options.get("scale", 1) * delta[name]
-                    elif algorithm == "mtl" or (algorithm == "accurate" and k < K):
-                        p.data.copy_(phi[name])
-                if algorithm == "accurate" and k < K:
-                    for i in range(k):
-                        batch, lr = batches(task, step - k + i), lr_at(inner, i, K)
-                        sgd_step(models[task], optimizers[task], batch, head, lr, clip)
+            if k % every == 0:
+                gradients = []
+                for task, model in enumerate(models):
+                    if algorithm == "fomaml" or options.get("gradient") == "fomaml":
+                        gradients.append(fomaml(model, batches(task, step - 1), head))
+                    elif algorithm == "fomaml++":
+                        gradients.append({n: sum(point[2][n] for point in paths[task]) / K for n in phi})
+                    elif algorithm == "imaml":
+                        gradients.append(
+                            imaml(model, batches(task, step - 1), head, options["lam"], options["iterations"])
+                        )
+                    elif algorithm == "leap":
+                        gradients.append(leap(paths[task]))
+                    else:
+                        gradients.append({n: phi[n] - body[task][n].data for n in phi})
+                delta = {n: -beta * sum(gradient[n] for gradient in gradients) / len(models) for n in phi}
+                late.append((step, delta))
+            while late and (k == K or late[0][0] + options.get("delay", 0) <= step):
+                delta = late.pop(0)[1]
+                for name in phi:
+                    phi[name] += delta[name]
+                if algorithm == "random_shifting":
+                    length = sum((d**2).sum() for d in delta.values()).sqrt()
+                    direction = options["direction"](step)
+                    scale = length / sum((d**2).sum() for d in direction.values()).sqrt()
+                    delta = {n: scale * d for n, d in direction.items()}
+                for task, theta in enumerate(body):
+                    if algorithm == "accurate" and k < K:
+                        models[task].load_state_dict(starts[task][0])
+                        optimizers[task].load_state_dict(copy.deepcopy(starts[task][1]))
+                    for name, p in theta.items():
+                        if algorithm in ("cts", "random_shifting"):
+                            p.data += options.get("scale", 1) * delta[name]
+                        elif algorithm == "mtl" or (algorithm == "accurate" and k < K):
+                            p.data.copy_(phi[name])
+                    if algorithm == "accurate" and k < K:
+                        for i in range(k):
+                            batch, lr = batches(task, step - k + i), lr_at(inner, i, K)
+                            sgd_step(models[task], optimizers[task], batch, head, lr, clip)
     return phi

@@ -1,0 +1,235 @@
+"""What a delay of d steps costs in quality: training loss and meta-test accuracy by d and beta; see --help."""
+
+import json
+import os
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+from scipy import stats
+
+from benchmarks import report
+from benchmarks.paper.figures import square_grid
+from benchmarks.paper.synthetic_grid import grid_quality, meta_train_grid
+from dist_cts.commands.demo import FILES, draw_missing
+from dist_cts.config import CONFIGS, load
+from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.errors import RunError
+from dist_cts.learner import InnerConfig
+from dist_cts.run.config import TrainConfig
+from dist_cts.run.exit_codes import DONE
+from dist_cts.run.meta_test import MetaTestConfig, meta_test
+from dist_cts.run.train import train
+from dist_cts.synthetic import ENVIRONMENTS
+
+EPILOG = """\
+synthetic  the tasks of section 4.1 from 21 x 21 initializations (K = 100, M = 3): the mean loss of the end points
+demo       the tasks of configs/demo.yaml, drawn if missing
+real       the tasks of configs/long_horizon.yaml (benchmarks/paper/long_horizon.md prepares them)
+Every run is one process with a thread, and a JSON file; an interrupted call resumes. `crossing`: meta-updates in flight
+at the end of an episode are applied in the next one, instead of before it.
+
+  python benchmarks/delay_quality.py --work /tmp/delay --real-data data/long_horizon
+"""
+DELAYS, BETAS, SEEDS = (0, 1, 2, 4, 8, 16), (0.03, 0.1), (0, 1, 2)
+INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # of section 4.1
+SMALL = ("model={name: resnet8, width: 0.5}", "batch_size=16", "data.padding=2", "device=cpu")
+GRID_BETAS, GRID_DELAYS = (0.01, 0.03, 0.1, 0.2, 0.3), (0, 1, 2, 4, 8, 16, 32, 64)  # synthetic
+SETS = {"demo": "demo", "real": "long_horizon"}  # configurations
+SIZES = {  # overrides of meta-training and meta-test: what there is time for
+    "demo": (("episodes=4", "inner_steps=60"), ("steps=60", "seeds=1")),
+    "real": (("episodes=3", "inner_steps=100"), ("steps=100", "seeds=1", "train_limit=400")),
+}
+HARMLESS = 1.1  # times the loss at d = 0
+FAILED = 1e3  # a loss above it counts as divergence
+
+
+def synthetic(beta: float, delay: int, crossing: bool) -> dict[str, float]:
+    """Mean loss of the end points from all initializations, and the share of them that diverges."""
+    env = ENVIRONMENTS["released"]
+    path = meta_train_grid(env, square_grid(21), "cts", INNER, beta=beta, M=3, K=100, delay=delay, crossing=crossing)
+    ends = grid_quality(env, path[-1])
+    kept = ends[ends < FAILED]
+    return {"loss": kept.mean().item() if len(kept) else None, "diverged": 1 - len(kept) / len(ends)}
+
+
+def synthetic_grid(delays: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """`synthetic` by delay, beta and crossing."""
+    return {
+        f"d{delay}-beta{beta:g}{'-crossing' * crossing}": synthetic(beta, delay, crossing)
+        for beta in GRID_BETAS
+        for delay in delays
+        for crossing in ((False, True) if delay else (False,))
+    }
+
+
+def crossed(steps: int):
+    """A block in which deltas in flight cross the end of every episode but the last."""
+    finished = MetaReducer.finished
+    return mock.patch.object(
+        MetaReducer, "finished", lambda self, step, flush=False: finished(self, step, flush and step == steps)
+    )
+
+
+def one_run(
+    name: str, beta: float, delay: int, seed: int, crossing: bool, size: tuple, data: Path, work: Path
+) -> dict[str, object]:
+    """Meta-trains and meta-tests; the mean training loss of the last episode and the accuracy on every target."""
+    file, (training, testing) = SETS[name], size
+    folder = work / key(name, beta, delay, seed, crossing)
+    values = [*SMALL, *training, f"data.root={data}", f"meta_lr={beta}", f"method.delay={delay}", f"seed={seed}"]
+    values += [f"run_dir={folder}", "log_every=20", "check_every=100000", "checkpoint.every_steps=0"]
+    config = load(TrainConfig, CONFIGS / f"{file}.yaml", values)
+    steps, started = config.episodes * config.inner_steps, time.process_time()
+    try:
+        with crossed(steps) if crossing else nullcontext():
+            if train(config, fresh=folder.exists()) != DONE:
+                raise SystemExit(f"stopped in {folder.name}; run the same command to resume")
+    except RunError as error:
+        return {"diverged": str(error), "cpu_seconds": time.process_time() - started}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if "loss" in r and r["step"] > steps - config.inner_steps and "test" not in r]
+    values = [*SMALL, *testing, f"data.root={data}", f"out={folder / 'meta_test'}", "eval_points=1", "random=false"]
+    tested = load(MetaTestConfig, CONFIGS / f"{file}_meta_test.yaml", values)
+    meta_test(tested, {"cts": str(folder / "phi.safetensors")})
+    jobs = [json.loads(path.read_text()) for path in sorted((folder / "meta_test" / "jobs").glob("*.json"))]
+    accuracy = {
+        target: statistics.mean(job["curve"][-1]["accuracy"] for job in jobs if job["target"] == target)
+        for target in tested.targets
+    }
+    return {"loss": statistics.mean(losses), "accuracy": accuracy, "cpu_seconds": time.process_time() - started}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean, and half the width of its 95 % interval (Student t); 0 for a single run."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "half": half, "runs": len(values)}
+
+
+def summary(results: dict[str, dict]) -> list[dict[str, object]]:
+    """A row per task set, beta and delay: loss and accuracy over the seeds, and their paired differences from d = 0."""
+    rows = []
+    for name in SETS:
+        for beta in BETAS:
+            for crossing in (False, True):
+                for delay in DELAYS:
+                    runs = {s: results.get(key(name, beta, delay, s, crossing)) for s in SEEDS}
+                    runs = {seed: run for seed, run in runs.items() if run}
+                    if runs:
+                        rows.append(_row(results, name, beta, delay, crossing, runs))
+    return rows
+
+
+def _row(results: dict, name: str, beta: float, delay: int, crossing: bool, runs: dict[int, dict]) -> dict[str, object]:
+    row = {"tasks": name, "beta": beta, "d": delay, "crossing": crossing, "runs": len(runs)}
+    good = {seed: run for seed, run in runs.items() if "loss" in run}
+    row["diverged"] = len(runs) - len(good)
+    base = {seed: results.get(key(name, beta, 0, seed)) for seed in good}
+    base = {seed: run for seed, run in base.items() if run and "loss" in run}
+    for part, value in {
+        "loss": lambda r: r["loss"],
+        "accuracy": lambda r: 100 * statistics.mean(r["accuracy"].values()),
+    }.items():
+        row[part] = interval([value(run) for run in good.values()]) if good else None
+        paired = [value(good[seed]) - value(base[seed]) for seed in base]
+        row[f"{part} - at d = 0"] = interval(paired) if paired and (delay or crossing) else None
+    return row
+
+
+def key(name: str, beta: float, delay: int, seed: int, crossing: bool = False) -> str:
+    """The name of a run."""
+    return f"{name}-d{delay}-beta{beta:g}-seed{seed}{'-crossing' * crossing}"
+
+
+def largest_harmless(grid: dict[str, dict], beta: float) -> int:
+    """The largest delay up to which the synthetic loss is at most HARMLESS times that of d = 0."""
+    limit, harmless = HARMLESS * grid[f"d0-beta{beta:g}"]["loss"], 0
+    for delay in GRID_DELAYS:
+        loss = grid[f"d{delay}-beta{beta:g}"]["loss"]
+        if loss is None or loss > limit:
+            break
+        harmless = delay
+    return harmless
+
+
+def plot(rows: list[dict], grid: dict[str, dict], path: Path) -> None:
+    """Loss and accuracy against the delay, and the largest harmless delay against beta."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    for beta in GRID_BETAS:
+        losses = [grid[f"d{delay}-beta{beta:g}"]["loss"] or float("nan") for delay in GRID_DELAYS]
+        axes[0].plot(GRID_DELAYS, losses, marker="o", markersize=3, label=f"beta {beta:g}")
+    for name in SETS:
+        for beta in BETAS:
+            own = [row for row in rows if (row["tasks"], row["beta"], row["crossing"]) == (name, beta, False)]
+            for axis, part in ((axes[1], "loss"), (axes[2], "accuracy")):
+                points = [(row["d"], row[part]["mean"], row[part]["half"]) for row in own if row[part]]
+                if points:
+                    delays, means, halves = zip(*points, strict=True)
+                    axis.errorbar(
+                        delays, means, halves, label=f"{name}, beta {beta:g}", capsize=2, marker="o", markersize=3
+                    )
+    titles = ("synthetic: mean loss after 100 steps", "training loss, last episode", "meta-test accuracy, %")
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks(GRID_DELAYS if axis is axes[0] else DELAYS, GRID_DELAYS if axis is axes[0] else DELAYS)
+        axis.set(xlabel="delay d, steps", title=title)
+        axis.legend(fontsize=7)
+    axes[0].set_yscale("log")
+    harmless = [largest_harmless(grid, beta) for beta in GRID_BETAS]
+    axes[3].loglog(GRID_BETAS, harmless, "o-", label=f"synthetic: loss <= {HARMLESS} x that of d = 0")
+    axes[3].loglog(GRID_BETAS, [1 / beta for beta in GRID_BETAS], "k--", label="beta d = 1")
+    axes[3].loglog(GRID_BETAS, [0.5 / beta for beta in GRID_BETAS], "k:", label="beta d = 0.5")
+    axes[3].set(xlabel="beta", ylabel="d", title="largest harmless delay")
+    axes[3].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = report.parser(__doc__, EPILOG)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--demo-data", type=Path, default="data/demo")
+    parser.add_argument("--real-data", type=Path, help="prepared tasks of configs/long_horizon.yaml; none: left out")
+    parser.add_argument("--report", action="store_true", help="start no run; report those that have finished")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    names = [name for name in SETS if name != "real" or args.real_data]
+    plan = [(n, b, d, s, False) for s in SEEDS for d in DELAYS for b in BETAS for n in names]
+    plan += [(n, 0.1, d, s, True) for s in SEEDS for d in (4, 8) for n in names]
+    sizes = {"demo": (("episodes=1", "inner_steps=20"), ("steps=2", "seeds=1"))} if args.quick else SIZES
+    for file, model in zip(FILES, (TrainConfig, MetaTestConfig), strict=True):
+        config = load(model, file)
+        draw_missing(file, args.demo_data, config.task_names if model is TrainConfig else config.targets)
+    args.work.mkdir(parents=True, exist_ok=True)
+    surface = args.work / "synthetic.json"
+    grid = json.loads(surface.read_text()) if surface.exists() else synthetic_grid((0,) if args.quick else GRID_DELAYS)
+    surface.write_text(json.dumps(grid, indent=1))
+    results = {}
+    for name, beta, delay, seed, crossing in plan[:1] if args.quick else plan:
+        path = args.work / f"{key(name, beta, delay, seed, crossing)}.json"
+        if not path.exists():
+            if args.report:
+                continue
+            data = args.real_data if name == "real" else args.demo_data
+            record = one_run(name, beta, delay, seed, crossing, sizes[name], data, args.work / "runs")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(record))
+            os.replace(temporary, path)
+        results[path.stem] = json.loads(path.read_text())
+    rows = summary(results)
+    shown = [
+        {k: (f"{v['mean']:.3f} ± {v['half']:.3f}" if isinstance(v, dict) else v) for k, v in row.items()}
+        for row in rows
+    ]
+    report.publish("delay-quality", {"synthetic": grid, "runs": results, "summary": rows}, shown, args)
+    if not args.quick:
+        plot(rows, grid, (args.out or report.RESULTS) / f"{time.strftime('%F')}-delay-quality.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -29,6 +29,7 @@ from dist_cts.checkpoint.files import (
     write_manifest,
     write_state,
 )
+from dist_cts.checkpoint.settings import MAY_DIFFER, config_difference, with_new_keys
 from dist_cts.config import Config
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.process_group import from_rank_0, gather, raise_on_all_ranks
@@ -36,13 +37,6 @@ from dist_cts.flat import load_named
 from dist_cts.state import TrainState
 
 PATIENCE = 300.0  # seconds that rank 0 waits for the other ranks' files
-# Keys that may differ in a resumed run: duration, location, logging, retention. A section name covers all its keys.
-MAY_DIFFER = (
-    *("episodes", "run_dir", "device", "deterministic", "placement", "timeout_seconds", "max_minutes", "nonfinite"),
-    *("step", "loss_limit", "checkpoint", "log_every", "eval_every", "check_every", "snapshot_every", "data.root"),
-    *("data.cache", "data.resident_limit_gib", "data.workers", "data.dataset_workers", "data.verify"),
-    *("loggers", "project"),
-)
 _FILES = TypeAdapter(dict[str, StoredFile])
 log = logging.getLogger(__name__)
 
@@ -214,7 +208,7 @@ class CheckpointManager:
             self.warn(f"skipping a damaged checkpoint: {faults[0]}")
             return None
         with raise_on_all_ranks():
-            saved = _with_new_keys(manifest.config, config)
+            saved = with_new_keys(manifest.config, config)
             differing = config_difference(saved, config.model_dump(mode="json"), may_differ)
             if differing:
                 raise ValueError(f"the config does not match checkpoint {path}: {'; '.join(differing)}")
@@ -302,30 +296,3 @@ class CheckpointManager:
             shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
             with suppress(OSError):  # not writable: the next save reports it
                 path.rename(path.with_suffix(".damaged"))
-
-
-def _with_new_keys(saved: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The saved values, with defaults for keys added since the checkpoint."""
-    try:
-        return type(config).model_validate(saved).model_dump(mode="json")
-    except ValueError:  # a key was removed: the comparison names it
-        return saved
-
-
-def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
-    """The keys whose values differ, such as `inner.lr was 0.05, is 0.1`, except keys and sections in `may_differ`."""
-    before, after = dict(_leaves(saved)), dict(_leaves(now))
-    return [
-        f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}"
-        for key in sorted(before.keys() | after.keys())
-        if (key in before, before.get(key)) != (key in after, after.get(key))
-        and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
-    ]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

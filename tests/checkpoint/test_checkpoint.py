@@ -17,8 +17,9 @@ from dist_cts import atomic, models
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.checkpoint import manager as checkpoint
 from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, read_state, task_file, write_manifest
-from dist_cts.checkpoint.manager import MAY_DIFFER, CheckpointConfig, CheckpointManager, config_difference
+from dist_cts.checkpoint.manager import CheckpointConfig, CheckpointManager
 from dist_cts.checkpoint.phi import export_phi, load_phi
+from dist_cts.checkpoint.settings import MAY_DIFFER, config_difference
 from dist_cts.config import Config
 from dist_cts.distributed.placement import data_group, place
 from dist_cts.distributed.process_group import overlapping_groups, process_group

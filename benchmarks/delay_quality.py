@@ -36,12 +36,12 @@ at the end of an episode are applied in the next one, instead of before it.
 """
 DELAYS, BETAS, SEEDS = (0, 1, 2, 4, 8, 16), (0.03, 0.1), (0, 1, 2)
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # of section 4.1
-SMALL = ("model={name: resnet8, width: 0.5}", "batch_size=16", "data.padding=2", "device=cpu")
+SMALL = ("model={name: resnet8, width: 0.25}", "batch_size=8", "data.padding=2", "device=cpu")
 GRID_BETAS, GRID_DELAYS = (0.01, 0.03, 0.1, 0.2, 0.3), (0, 1, 2, 4, 8, 16, 32, 64)  # synthetic
 SETS = {"demo": "demo", "real": "long_horizon"}  # configurations
 SIZES = {  # overrides of meta-training and meta-test: what there is time for
-    "demo": (("episodes=4", "inner_steps=60"), ("steps=60", "seeds=1")),
-    "real": (("episodes=3", "inner_steps=100"), ("steps=100", "seeds=1", "train_limit=400")),
+    "demo": (("episodes=3", "inner_steps=60"), ("steps=60", "seeds=1")),
+    "real": (("episodes=2", "inner_steps=100"), ("steps=60", "seeds=1", "train_limit=400")),
 }
 HARMLESS = 1.1  # times the loss at d = 0
 FAILED = 1e3  # a loss above it counts as divergence

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_cts.distributed.placement import place
+from dist_cts.distributed.process_group import overlapping_groups
 from dist_cts.distributed.reducer import MetaReducer
 
 
@@ -73,6 +74,43 @@ def test_a_nonfinite_task_is_left_out_and_named_on_every_rank(run_ranks, reducti
 def test_one_rank_s_stop_request_reaches_all_at_the_same_step(run_ranks):
     for result in run_ranks(3, reduce, 3, 3, "mean", None, 1):
         assert [control.stop for control in result.controls] == [True, True, True]
+
+
+def reduce_late(rank, reduction):
+    """What rank 1's stop request after step 2 and task 0's NaN in step 3 are to this rank, and when it knows."""
+    groups = overlapping_groups(torch.device("cpu"), 3, 30)
+    learner = StubLearner(rank)
+    reducer = MetaReducer(torch.zeros(5), [learner], place(2, 2, rank), reduction, delay=2, groups=groups)
+    seen, means = [], []
+    for step in range(1, 9):
+        reducer.stop_requested = rank == 1 and step > 2
+        value = float("nan") if (rank, step) == (0, 3) else float(step)
+        if step % 4 == 0:
+            reducer.exchange(step)
+        else:
+            reducer.start([torch.full((5,), value)], step)
+        means += [(step, mean[0].item()) for mean in reducer.finished(step, flush=step == 8)]
+        if step == 6:
+            reducer.drain()
+        seen += [(step, control.step, control.stop, control.nonfinite) for control in reducer.received(flush=step == 8)]
+    return seen, means
+
+
+@pytest.mark.parametrize("reduction", ["mean", "ordered"])
+def test_delayed_ranks_agree_on_stop_and_nan_at_one_step_and_apply_every_mean_in_time(run_ranks, reduction):
+    for seen, means in run_ranks(2, reduce_late, reduction):
+        # Step 4 has no mean; a tail is read one reduction after its own; at step 6 all in flight are waited for.
+        assert means == [(3, 1.0), (4, 2.0), (5, 1.5), (7, 5.0), (8, 6.0), (8, 7.0)]
+        assert seen == [
+            (4, 1, False, []),
+            (5, 2, False, []),
+            (6, 3, True, [0]),
+            (6, 4, True, []),
+            (6, 5, True, []),
+            (8, 6, True, []),
+            (8, 7, True, []),
+            (8, 8, True, []),
+        ]
 
 
 def leave_lock_step(rank):

@@ -5,6 +5,8 @@ import signal
 import pytest
 import torch
 
+from dist_cts.algorithms.table import MethodConfig
+from dist_cts.checkpoint.files import DELTAS
 from dist_cts.config import find, load
 from dist_cts.learner import InnerConfig
 from dist_cts.run import train as training
@@ -100,6 +102,21 @@ def test_schedules_clipping_and_adamw_resume_bit_identically(train, config, tmp_
     _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     assert train(config, K + 3)[0] == STOPPED
     assert_same(train(config)[1], expected)
+
+
+def test_a_delayed_run_resumes_with_its_meta_updates_in_flight(train, config, tmp_path, capfd):
+    config = config.model_copy(update={"method": load(TrainConfig, find("slow_network")).method})
+    _, now = train(config.model_copy(update={"method": MethodConfig(), "run_dir": tmp_path / "now"}))
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
+    assert not torch.equal(expected["phi"], now["phi"])
+    for stop in (K + 2, K + 3, 2 * K):
+        assert train(config, stop)[0] == STOPPED
+        (newest, *_) = sorted((config.run_dir / "checkpoints").iterdir(), reverse=True)
+        assert (newest / DELTAS).exists() == (stop != 2 * K)  # at an episode's end none is in flight
+    assert_same(train(config)[1], expected)
+    assert "warning: method.delay" not in capfd.readouterr().err
+    train(config.model_copy(update={"meta_lr": 5.0, "run_dir": tmp_path / "unstable", "nonfinite": "skip"}))
+    assert "warning: method.delay=2 is long for meta_lr=5 and inner.momentum=0.9: " in capfd.readouterr().err
 
 
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dist_cts.config import Config
 from dist_cts.flat import FlatParams
@@ -138,14 +139,22 @@ class TaskLearner:
 
     @torch.enable_grad()
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Differentiable loss, and metric (0 if it is pooled), of this rank's share of a batch, in training mode."""
+        """Differentiable loss, and metric (0 if it is pooled), of this rank's share of a batch, in training mode.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+        """
         inputs, targets = batch
         outputs, metric = self._forward(inputs), self.criterion.metric
         loss = self.criterion.function(outputs, targets)
+        if loss.ndim:
+            raise ValueError(
+                f"task {self.name}: its loss has shape {list(loss.shape)}; return the mean over the examples"
+            )
         if metric is None or metric.pooled:
             return loss, torch.zeros_like(self._one)
         with torch.no_grad():
-            return loss, metric.function(outputs, targets)
+            return loss, torch.as_tensor(metric.function(outputs, targets), device=loss.device)
 
     def compute_gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`flat.grad` <- grad L(theta) on a batch; returns loss and metric of this rank's share."""
@@ -181,7 +190,7 @@ class TaskLearner:
             if metric is not None and metric.pooled:
                 pool.append((outputs.cpu(), targets.cpu()))
             elif metric is not None:
-                values[1] = metric.function(outputs, targets)
+                values[1] = torch.as_tensor(metric.function(outputs, targets), device=total.device)
             total += torch.stack(values) * len(targets)
             count += len(targets)
         self.model.train()
@@ -239,7 +248,7 @@ class TaskLearner:
         """The model's outputs; the loss is never computed in half precision."""
         with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = self.model(inputs)
-        return outputs if self.autocast is None else outputs.float()
+        return tree_map(lambda x: x.float() if x.dtype == self.autocast else x, outputs) if self.autocast else outputs
 
     def _descend(self, batch: Batch, observe: Observe | None = None) -> Tensor:
         self.batch = batch

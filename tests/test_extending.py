@@ -1,9 +1,7 @@
 """The files in docs/extending.md are short, and the commands beside them run."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from dist_cts import ALGORITHMS, DATASETS, LOSSES, MODELS
 from dist_cts.commands import train as train_command
 from dist_cts.run import imports
-from tests.helpers.commands import ROOT, TORCHRUN, records
+from tests.helpers.commands import ROOT, records
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 FILES = dict(re.findall(r"^```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
@@ -59,23 +57,25 @@ def test_a_command_runs_with_its_file(tasks, page, name):
     assert {"loss", metric, "test_loss", f"test_{metric}"} <= keys
 
 
-def test_the_script_runs_alone_and_on_all_ranks_with_the_same_bits(page):
+def test_the_script_runs_alone_and_on_all_ranks_with_the_same_bits(page, start):
     script = page / "own_script.py"
-    script.write_text(
-        f"import os\n{script.read_text()}torch.save([run.phi, run.history], os.environ.get('RANK', 'alone') + '.pt')\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for launcher in ([sys.executable], [*TORCHRUN, "--standalone", "--nproc_per_node=2"]):
-        done = subprocess.run([*launcher, script.name], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("done: 200 steps") == 1
-        assert re.search(r"^\| cts \| \S+ ± \S+ ", done.stdout.replace("**", ""), re.MULTILINE), done.stdout
-    phi, history = torch.load("alone.pt")
+    name = "'-'.join(os.environ.get(key, 'alone') for key in ('WORLD_SIZE', 'RANK')) + '.pt'"
+    save = f"torch.save([run.phi, run.history], '{page}/' + {name})\n"
+    script.write_text(f"import os\n{script.read_text()}{save}")
+    for ranks in (None, 2, 4):
+        code, out, err = start(script, forked=ranks).finish()
+        assert code in (0, [0] * (ranks or 1)), err
+        assert err.count("done: 200 steps") == 1
+        assert re.search(r"^\| cts \| \S+ ± \S+ ", out.replace("**", ""), re.MULTILINE), out
+    phi, history = torch.load(page / "alone-alone.pt")
     assert phi.keys() == {"body.0.weight", "body.0.bias"}
     for rank in range(2):
-        other, records = torch.load(f"{rank}.pt")
+        other, records = torch.load(page / f"2-{rank}.pt")
         assert all(torch.equal(phi[name], other[name]) for name in phi)
         for mine, theirs in zip(history, records, strict=True):
             assert [mine[key] for key in ("task", "loss", "rmse")] == [theirs[key] for key in ("task", "loss", "rmse")]
     assert {record["rank"] for record in records} == {0, 1}
+    shared, _ = torch.load(page / "4-3.pt")  # two ranks share each task
+    for name in phi:
+        torch.testing.assert_close(phi[name], shared[name], rtol=1e-4, atol=1e-5)
     assert not (page / "runs").exists()

@@ -82,11 +82,24 @@ def test_a_training_batch_has_the_metric_unless_it_is_pooled_or_absent():
         assert metric == (pytest.approx(loss) if counted else 0)
 
 
+def test_a_loss_per_example_is_an_error_and_a_metric_may_be_a_number():
+    batch = torch.randn(7, 5), torch.ones(7, 4)
+    with pytest.raises(ValueError, match=r"task a: its loss has shape \[7, 4\]; return the mean over the examples"):
+        make(Loss(lambda outputs, targets: (outputs - targets).abs())).compute_loss(batch)
+    learner = make(Loss(nn.functional.l1_loss, Metric("count", lambda outputs, targets: 7)))
+    learner.step_on(batch)
+    assert learner.take_counters()[2] == learner.evaluate([batch])["count"] == 7
+
+
 def test_the_loss_is_never_computed_in_half_precision():
     learner = make(LOSSES["mse"])
     learner.autocast = torch.bfloat16
     loss, metric = learner.compute_loss((torch.randn(7, 5), torch.ones(7, 4)))
     assert loss.dtype == metric.dtype == torch.float32
+    learner = make(Loss(lambda outputs, targets: (outputs["x"] - targets).square().mean()))
+    learner.autocast, model = torch.bfloat16, learner.model
+    learner.model = lambda inputs: {"x": model(inputs), "length": torch.tensor(3)}
+    assert learner.compute_loss((torch.randn(7, 5), torch.ones(7, 4)))[0].dtype == torch.float32
 
 
 def test_a_config_names_a_loss_for_all_tasks_and_for_one(tmp_path):

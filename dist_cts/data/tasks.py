@@ -79,7 +79,8 @@ def open_split(name: str, split: str, config: DataConfig, device: torch.device) 
     if not folder.is_dir():
         prepared = [path.name for path in config.root.iterdir() if path.is_dir()] if config.root.is_dir() else []
         near = difflib.get_close_matches(name, {*prepared, *DATASETS}, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "prepare it with `dist-cts prepare`"
+        make = "prepare it with `dist-cts prepare`, or --import the module that registers it"
+        hint = f"did you mean {' or '.join(near)}?" if near else make
         raise FileNotFoundError(
             f"task {name!r}: there is no folder {folder} and no dataset of this name is registered; {hint}"
         )

@@ -198,6 +198,18 @@ def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarr
     return np.sort(order[np.argsort(ranks[order], kind="stable")[:size]])
 
 
+def _identity(phi: Source | None) -> str | None:
+    """A hash of a file's or of named tensors' content; otherwise the name of weights."""
+    if isinstance(phi, Mapping):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(phi.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+    file = Path(phi or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else phi
+
+
 def _described(start: str, phi: Source) -> str:
     """For an error message."""
     return f"the initialization {start!r}" if isinstance(phi, Mapping) else str(phi)
@@ -208,7 +220,5 @@ def _result_path(config: MetaTestConfig, job: Job) -> Path:
     settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device", "deterministic"})
     if config.loss == LossConfig():
         del settings["loss"]  # as before there was a choice, so that older results are found
-    file = Path(job.phi or "")
-    phi = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else job.phi
-    key = hashlib.sha256(json.dumps([settings, phi], sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([settings, _identity(job.phi)], sort_keys=True).encode()).hexdigest()[:12]
     return config.out / "jobs" / f"{job.target}--{job.start}--{job.seed}--{key}.json"

@@ -160,6 +160,11 @@ def test_a_map_style_dataset_and_labels_are_meta_tested_without_a_folder(tmp_pat
     assert cell["seeds"] == [100 * r["curve"][-1]["accuracy"] for r in tested.results[2:]]
     assert str(tested).startswith("| initialization | new | average |")
     assert not any(tmp_path.iterdir())
+    for phi, jobs in ((run.phi, 2), (run.phi, 2), ({name: tensor + 1 for name, tensor in run.phi.items()}, 4)):
+        kept = {"random": False, "out": tmp_path / "kept", "steps": 20, "seeds": 2, "batch_size": 6, "eval_points": 2}
+        results = meta_test_tasks({"new": open_split}, {"phi": phi}, Net, **kept).results
+        assert (results == tested.results[2:]) == (phi is run.phi)
+        assert len(list((tmp_path / "kept/jobs").iterdir())) == jobs
 
 
 def test_ctrl_c_returns_what_there_is_and_an_error_leaves_the_process_usable(monkeypatch):

@@ -123,3 +123,23 @@ def test_the_small_set_has_the_same_methods():
         assert (run.inner_steps, run.batch_size, run.model.name, run.model.width) == (100, 32, "resnet20", 0.5)
         assert run.meta_lr == SMALL[run.algorithm]
         assert len(run.tasks) == (1 if name == "single" else 8)
+
+
+def test_the_stand_in_for_section_4_3_takes_the_same_path():
+    """configs/imagenet_small sets only what differs in size; its initialization is the phi of its own pretraining."""
+    pretrained = Path("runs/imagenet_small/pretrain/phi.safetensors")
+    for method in ("cts", "reptile", "mtl"):
+        run, original = train(f"imagenet_small/{method}"), train(f"paper/imagenet_{method}")
+        sizes = ("tasks", "init", "episodes", "inner_steps", "meta_lr", "batch_size", "data")
+        assert run.model_dump(exclude=sizes) == original.model_dump(exclude=sizes)
+        assert (len(run.tasks), Path(run.init), run.data.normalise) == (8, pretrained, original.data.normalise)
+    path = CONFIGS / "imagenet_small" / "pretrain.yaml"
+    pretraining = train("imagenet_small/pretrain").with_run_dir(path)
+    assert (pretraining.algorithm, pretraining.init, names(pretraining)) == ("mtl", None, ["tiny-imagenet-0-160"])
+    assert pretraining.run_dir == pretrained.parent
+    sizes = ("targets", "steps", "batch_size", "eval_points", "data")
+    small, original = (
+        config.load(MetaTestConfig, CONFIGS / name).model_dump(exclude=sizes)
+        for name in ("imagenet_small/meta_test.yaml", "paper/imagenet_meta_test.yaml")
+    )
+    assert small == original

@@ -100,7 +100,7 @@ class Study:
         path = self.results / f"{name}.json"
         if path.exists():
             record = json.loads(path.read_text())
-            if different := _differences(_completed(record["request"]), request):
+            if different := differences(_completed(record["request"]), request):
                 raise SystemExit(f"{path}: made with other settings ({different}); move it away, or use --results")
             return record
         started = time.time()
@@ -119,11 +119,11 @@ def _completed(request: dict) -> dict:
     return {name: _settings(models[name].model_validate(values)) for name, values in request.items()}
 
 
-def _differences(old: Any, new: Any, at: str = "") -> str:
+def differences(old: Any, new: Any, at: str = "") -> str:
     """The keys whose values differ, with both values; empty if none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        return ", ".join(_differences(old.get(key), new.get(key), f"{at}.{key}".lstrip(".")) for key in keys)
+        return ", ".join(differences(old.get(key), new.get(key), f"{at}.{key}".lstrip(".")) for key in keys)
     return f"{at} is {old!r}, wanted {new!r}" if old != new else ""
 
 

@@ -8,12 +8,13 @@ statistics are used in evaluation alone, so phi has the same bits with and witho
 """
 
 import argparse
+import json
 import os
 from concurrent.futures import Future
 from pathlib import Path
 
 from benchmarks.paper.figures import RESULTS
-from benchmarks.paper.long_horizon import Queue
+from benchmarks.paper.long_horizon import Queue, score
 from benchmarks.paper.long_horizon_runs import Run, Study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,17 @@ def runs(seeds: int) -> list[Run]:
     return [Run("cts", K, BETA, seed, "tune", options=more) for seed in range(seeds) for more in RESETS.values()]
 
 
+def accuracies(folder: Path) -> dict[str, dict[int, float]]:
+    """By choice and seed of the finished runs: accuracy in %, mean over the targets."""
+    found: dict[str, dict[int, float]] = {}
+    for choice, more in RESETS.items():
+        for path in sorted(folder.glob("*.json")):
+            record = json.loads(path.read_text())
+            if record["run"]["options"] == list(more):
+                found.setdefault(choice, {})[record["run"]["seed"]] = score(record)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long_horizon.yaml")
@@ -41,7 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "resets", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the finished runs' JSON files")
     parser.add_argument("--workers", type=int, default=2, help="concurrent runs, one process and thread each")
-    parser.add_argument("--steps", type=int, default=1000, help="inner steps per task of a run")
+    parser.add_argument("--steps", type=int, default=500, help="inner steps per task of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training and meta-test")
     args = parser.parse_intermixed_args()

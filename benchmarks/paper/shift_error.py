@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.paper.figures import RESULTS, save
 from benchmarks.paper.long_horizon_report import LOOKS
+from benchmarks.paper.long_horizon_runs import differences
 from dist_cts.algorithms import shifts
 from dist_cts.algorithms.meta_gradients import reptile
 from dist_cts.algorithms.table import make_algorithm
@@ -152,18 +153,16 @@ def ratio(record: Record, above: str, below: str) -> np.ndarray:
     return np.array([np.mean(np.divide(record[above][k], record[below][k])) for k in record[above]])
 
 
-QUANTITIES: dict[str, tuple[str, Callable[[Record], np.ndarray]]] = {
-    "relative_error": (
+QUANTITIES: dict[str, tuple[str, Callable[[Record], np.ndarray]]] = {  # as drawn: label, and value [ks] of a run
+    "error": (
         r"$\|\theta_k - U_k(\phi)\|\ /\ \|U_k(\phi) - \phi\|$",
         lambda record: ratio(record, "error", "exact_distance"),
     ),
-    "cosine": (r"cosine of $\Delta_k$ and the accurate $\Delta_k$", lambda record: over_tasks(record, "cosine")),
-    "length": (
-        r"$\|\theta_k - \phi\|\ /\ \|U_k(\phi) - \phi\|$",
-        lambda record: ratio(record, "distance", "exact_distance"),
-    ),
-    "loss_difference": (
-        r"unseen loss, $\theta_k$ minus $U_k(\phi)$",
+    "cosine": (r"cosine of $\Delta_k$ and accurate $\Delta_k$", lambda record: over_tasks(record, "cosine")),
+    "length": (r"$\|\Delta_k\|$ / $\|$accurate $\Delta_k\|$", lambda record: over_tasks(record, "length_ratio")),
+    "distance": (r"$\|\theta_k - \phi\|$", lambda record: over_tasks(record, "distance")),
+    "loss": (
+        r"loss on unseen batches, $\theta_k$ minus $U_k(\phi)$",
         lambda record: over_tasks(record, "loss") - over_tasks(record, "exact_loss"),
     ),
 }
@@ -173,6 +172,12 @@ def run_name(method: str, beta: float, episode: int, seed: int) -> str:
     return f"{method}-beta{beta:g}-episode{episode}-seed{seed}"
 
 
+def values(runs: dict[str, Record], method: str, beta: float, episode: int, quantity: str) -> np.ndarray:
+    """One of QUANTITIES in the runs of a method, [seeds, ks]."""
+    name = run_name(method, beta, episode, 0).rpartition("-seed")[0]
+    return np.array([QUANTITIES[quantity][1](record) for record in seeds_of(runs, name)])
+
+
 def seeds_of(runs: dict[str, Record], name: str) -> list[Record]:
     """The runs called `name` without their -seedS."""
     return [record for key, record in runs.items() if key.rpartition("-seed")[0] == name]
@@ -180,41 +185,47 @@ def seeds_of(runs: dict[str, Record], name: str) -> list[Record]:
 
 def draw(runs: dict[str, Record], beta: float, out: Path, facts: dict) -> None:
     """A row per episode, a column per quantity: mean and range over the seeds."""
-    episodes = measured_episodes(runs, beta) or [1]
-    fig, rows = plt.subplots(
-        len(episodes), len(QUANTITIES), figsize=(12, 2.8 * len(episodes)), squeeze=False, layout="constrained"
+    episodes = [episode for other, episode in measured(runs) if other == beta] or [1]
+    fig, panels = plt.subplots(
+        len(episodes), len(QUANTITIES), figsize=(15, 2.8 * len(episodes)), squeeze=False, layout="constrained"
     )
-    for axes, episode in zip(rows, episodes, strict=True):
-        for ax, (label, value) in zip(axes, QUANTITIES.values(), strict=True):
+    for axes, episode in zip(panels, episodes, strict=True):
+        for ax, (quantity, (label, _)) in zip(axes, QUANTITIES.items(), strict=True):
             ax.set(xscale="log", xlabel="$k$", ylabel=label)
             for method in METHODS:
-                if records := seeds_of(runs, run_name(method, beta, episode, 0).rpartition("-seed")[0]):
-                    values = np.array([value(record) for record in records])
+                rows = values(runs, method, beta, episode, quantity)
+                if len(rows):
                     name, colour = LOOKS[method]
-                    ax.plot(KS, values.mean(0), "o-", ms=4, color=colour, label=name)
-                    ax.fill_between(KS, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+                    ax.plot(KS, rows.mean(0), "o-", ms=4, color=colour, label=name)
+                    ax.fill_between(KS, rows.min(0), rows.max(0), color=colour, alpha=0.2, lw=0)
         if orders := [ratio(record, "error", "distance") for record in seeds_of(runs, DATA_ORDER)]:
             axes[0].plot(KS, np.mean(orders, 0), ":", color="#777777", label="other batches")
         axes[0].set(ylim=(0, None), title=f"episode {episode}")
         axes[0].legend()
         axes[1].set_ylim(top=1.02)
-        axes[2].axhline(1, color="#999999", lw=0.8)
-        axes[3].axhline(0, color="#999999", lw=0.8)
+        for column, exact in ((2, 1), (4, 0)):
+            axes[column].axhline(exact, color="#999999", lw=0.8)
     save(fig, out, "shift_error", facts | {"ks": KS, "runs": runs})
 
 
-def measured_episodes(runs: dict[str, Record], beta: float) -> list[int]:
-    """The episodes of which there is a run with this beta."""
-    found = {re.fullmatch(rf"\w+-beta{re.escape(f'{beta:g}')}-episode(\d+)-seed\d+", name) for name in runs}
-    return sorted({int(match[1]) for match in found if match})
+def measured(runs: dict[str, Record]) -> list[tuple[float, int]]:
+    """Every beta and episode of which there is a run."""
+    found = {re.fullmatch(r"\w+-beta(.+)-episode(\d+)-seed\d+", name) for name in runs}
+    return sorted({(float(match[1]), int(match[2])) for match in found if match})
 
 
-def read(path: Path) -> dict[str, Record]:
-    """The runs in the file, by name; empty without a file."""
-    stored = json.loads(path.read_text())["runs"] if path.exists() else {}
+def read(path: Path, settings: dict | None = None) -> dict[str, Record]:
+    """The runs in the file, by name; empty without a file.
+
+    Raises:
+        SystemExit: they were made with settings other than `settings`.
+    """
+    stored = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
+    if settings and (different := differences(stored["settings"], settings)):
+        raise SystemExit(f"{path}: made with other settings ({different}); move it away, or use --out")
     return {
         name: {quantity: {int(k): values for k, values in row.items()} for quantity, row in record.items()}
-        for name, record in stored.items()
+        for name, record in stored["runs"].items()
     }
 
 
@@ -229,7 +240,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    runs = read(args.out / "shift_error.json")
+    settings = {"config": args.config.name, "overrides": [o for o in args.overrides if not o.startswith("data.root=")]}
+    path = args.out / "shift_error.json"
+    runs = read(path, settings)
     for seed, episode, method in itertools.product(args.seeds, args.episodes, args.methods):
         name = f"{DATA_ORDER}-seed{seed}" if method == DATA_ORDER else run_name(method, args.beta, episode, seed)
         if name in runs:
@@ -238,7 +251,9 @@ def main() -> None:
         values += [f"algorithm={'no_shifting' if method == DATA_ORDER else method}", *args.overrides]
         config = load(TrainConfig, args.config, values)
         runs[name] = data_order(config, KS) if method == DATA_ORDER else run(config, KS)[0]
-        draw(runs, args.beta, args.out, {"tasks": config.task_names, "batch_size": config.batch_size})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "runs": runs}) + "\n")
+    draw(runs, args.beta, args.out, {"settings": settings})
 
 
 if __name__ == "__main__":

@@ -60,3 +60,6 @@ def test_the_command_keeps_finished_runs_and_draws(configured, tmp_path, monkeyp
     monkeypatch.setattr(shift_error, "data_order", None)
     shift_error.main()
     assert json.loads(written.read_text())["runs"] == runs
+    monkeypatch.setattr("sys.argv", [*arguments, "batch_size=8"])
+    with pytest.raises(SystemExit, match="made with other settings"):
+        shift_error.main()

@@ -68,41 +68,92 @@ class FlatLayout:
         return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()[:16]
 
 
-class FlatParams:
-    """A module's parameters as views of one vector, the body first, then the head.
+@dataclass(frozen=True)
+class Parts:
+    """The parameters that phi leaves out, by name: every task has a `head` of its own; all tasks share where the `rest`
+    starts. What requires a gradient is trained with the body and stays with the task; what does not is frozen.
 
-    `vector` [N + H] and `grad` [N + H] hold every parameter and its gradient; `body` [N] is the part that phi
-    initializes. The module's own parameters become views of `vector`, so forward and backward read the flat memory.
+    `classes`: of the model that shared values are drawn from; 1 unless phi covers the head.
     """
 
-    def __init__(self, module: nn.Module, head: str | None) -> None:
-        """`head` names the submodule (or parameter) that is not part of phi; None: everything is body.
+    head: frozenset[str] = frozenset()
+    rest: frozenset[str] = frozenset()
+    classes: int = 1
+
+    @classmethod
+    def around(cls, module: nn.Module, head: str | None) -> "Parts":
+        """phi covers all but the submodule (or parameter) `head`; None: everything that requires a gradient."""
+        named = dict(module.named_parameters())
+        own = {name for name in named if head is not None and (name == head or name.startswith(f"{head}."))}
+        if head is not None and not own:
+            raise ValueError(f"the model has no parameter in its head {head!r}: {list(named)}")
+        if own == named.keys():
+            raise ValueError(f"the model has no body: every parameter is in the head {head!r}")
+        fixed = {name for name, parameter in named.items() if not parameter.requires_grad}
+        return cls(frozenset(own), frozenset(fixed - own))
+
+
+class FlatParams:
+    """A module's trained parameters as views of one vector, the body first, then what stays private to the task.
+
+    `vector` [N + H] and `grad` [N + H] hold every trained parameter and its gradient; `body` [N] is the part that phi
+    initializes. The module's own parameters become views of `vector`, so forward and backward read the flat memory.
+    Frozen parameters are in neither. `start_layout` has what a new task starts from: body and rest, without the head.
+    """
+
+    def __init__(self, module: nn.Module, parts: Parts | str | None) -> None:
+        """`parts` says what is not part of phi; a name is that of the head, None: everything is body.
 
         Raises:
-            ValueError: no parameter of the module belongs to `head`, or all of them do.
+            ValueError: no parameter of the module belongs to the head, or all of them do.
         """
-        named = list(module.named_parameters())
-        is_head = {name: head is not None and (name == head or name.startswith(f"{head}.")) for name, _ in named}
-        if head is not None and not any(is_head.values()):
-            raise ValueError(f"the model has no parameter in its head {head!r}: {[name for name, _ in named]}")
-        body = [(name, p) for name, p in named if not is_head[name]]
-        if not body:
-            raise ValueError(f"the model has no body: every parameter is in the head {head!r}")
-        self.layout = FlatLayout.of(chain(body, ((name, p) for name, p in named if is_head[name])))
-        self.body_layout = FlatLayout.of(body)
+        self.parts = parts if isinstance(parts, Parts) else Parts.around(module, parts)
+        parameters = dict(module.named_parameters())
+        start = [(name, p) for name, p in parameters.items() if name not in self.parts.head]
+        body = [(name, p) for name, p in start if name not in self.parts.rest]
+        outside = self.parts.head | self.parts.rest
+        private = [(name, p) for name, p in parameters.items() if name in outside and p.requires_grad]
+        self.layout = FlatLayout.of(chain(body, private))
+        self.body_layout, self.start_layout = FlatLayout.of(body), FlatLayout.of(start)
         self.vector = torch.zeros(self.layout.numel, dtype=self.layout.dtype, device=body[0][1].device)
         self.grad = torch.zeros_like(self.vector)
-        parameters = dict(named)
         for name, view in self.layout.views(self.vector).items():
             view.copy_(parameters[name].detach())
             parameters[name].data = view
-        self._parameters = [parameters[slot.name] for slot in self.layout.slots]
+        self._named, self._parameters = parameters, [parameters[slot.name] for slot in self.layout.slots]
+        self._private_start = self.vector[self.body_layout.numel :].clone()
         self._grads = list(self.layout.views(self.grad).values())
 
     @property
     def body(self) -> Tensor:
         """The first N elements of `vector`: the parameters that phi initializes."""
         return self.vector[: self.body_layout.numel]
+
+    def reset_private(self) -> None:
+        """What is private to the task <- where it started."""
+        self.vector[self.body_layout.numel :].copy_(self._private_start)
+
+    @torch.no_grad()
+    def start_rest(self, rest: Mapping[str, Tensor]) -> None:
+        """Starts what is in neither phi nor the head from shared values, one tensor per name in `parts.rest`.
+
+        Frozen parameters share their memory, so that the learners of a rank hold them once.
+        """
+        for name, value in rest.items():
+            if self._named[name].requires_grad:
+                self._named[name].copy_(value)
+            else:
+                self._named[name].data = value
+        self._private_start.copy_(self.vector[self.body_layout.numel :])
+
+    def split_start(self, start: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """phi [N], and by name what phi leaves out besides the head, of a vector with `start_layout`."""
+        if not self.parts.rest:
+            return start, {}
+        named = self.start_layout.views(start)
+        phi = start.new_zeros(self.body_layout.numel)
+        load_named(self.body_layout, phi, named)
+        return phi, {name: named[name] for name in self.parts.rest}
 
     def differentiate(self, loss: Tensor) -> None:
         """`grad` <- d loss / d vector; a parameter that the loss does not use has gradient zero.

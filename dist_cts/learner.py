@@ -1,7 +1,7 @@
 """A task learner: body, head, batches, inner optimizer and schedule, and what each episode resets."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dist_cts.config import Config
-from dist_cts.flat import FlatParams
+from dist_cts.flat import FlatParams, Parts
 from dist_cts.losses import CROSS_ENTROPY, Loss
 from dist_cts.optimizer import InnerConfig, make_optimizer
 
 Batch = tuple[Any, Tensor]  # inputs: a tensor, or a tuple or dict of tensors, the model's argument; and targets
 # Sees a learner between gradient and update, when theta_(k-1), its `loss` and its `flat.grad` belong together.
 Observe = Callable[["TaskLearner"], None]
+# A block for the forward pass of a step on a number of examples: seeds what the model draws (models/masks.py).
+Masks = Callable[[int, int], AbstractContextManager[None]]
 
 
 class ResetConfig(Config):
     """What is reset together with theta at the start of an episode; the paper resets none of it (supplement C.2)."""
 
-    head: bool = Field(False, description="reset the head to its initialization at every episode")
+    head: bool = Field(False, description="reset head and private parameters to their start at every episode")
     optimizer: bool = Field(False, description="clear the optimizer state at every episode")
     statistics: bool = Field(False, description="clear batch-norm running statistics at every episode")
 
@@ -51,7 +53,7 @@ class TaskLearner:
         self,
         name: str,
         model: nn.Module,
-        head: str | None,
+        parts: Parts | str | None,
         batches: Batches,
         inner: InnerConfig,
         *,
@@ -64,17 +66,17 @@ class TaskLearner:
         self.name, self.model, self.batches = name, model, batches
         self.inner, self.criterion, self.autocast, self.data_group = inner, criterion, autocast, data_group
         self.reset_config = reset or ResetConfig()
-        self.flat = FlatParams(model, head)
-        self.head_init = self.flat.vector[self.theta.numel() :].clone()
+        self.flat = FlatParams(model, parts)
         self.parameter = nn.Parameter(self.flat.vector)
         self.parameter.grad = self.flat.grad
         self.optimizer = make_optimizer([self.parameter], inner)
-        self.schedule, self.step = schedule, 0
+        self.schedule, self.step, self.batch_step = schedule, 0, 0
         # What an algorithm accumulates over an episode, by name: empty after `reset`, part of the checkpoint.
         self.memory: dict[str, Tensor] = {}
         self.loss = torch.zeros((), device=self.theta.device)  # of the latest inner step, before its update
-        self.batch: Batch | None = None  # of the latest inner step
+        self.batch: Batch | None = None  # of the latest inner step, `batch_step`
         self._peeked: Batch | None = None
+        self.masks: Masks = lambda step, examples: nullcontext()
         # Inner steps, loss, metric and non-finite updates, summed on the device since the last reduction.
         self.counters = torch.zeros(4, device=self.theta.device)
         self._one = torch.ones((), device=self.theta.device)
@@ -90,7 +92,7 @@ class TaskLearner:
         self.theta.copy_(phi)
         self.memory = {}
         if self.reset_config.head:
-            self.flat.vector[self.theta.numel() :].copy_(self.head_init)
+            self.flat.reset_private()
         if self.reset_config.optimizer:
             self._clear_optimizer()
         if self.reset_config.statistics:
@@ -100,7 +102,7 @@ class TaskLearner:
         """theta <- phi [N] with a fresh head, optimizer state and running statistics: after a non-finite update."""
         self.theta.copy_(phi)
         self.memory = {}
-        self.flat.vector[self.theta.numel() :].copy_(self.head_init)
+        self.flat.reset_private()
         self._clear_optimizer()
         self._clear_running_statistics()
 
@@ -145,8 +147,10 @@ class TaskLearner:
             ValueError: the loss is not a scalar.
         """
         inputs, targets = batch
-        outputs, metric = self._forward(inputs), self.criterion.metric
-        loss = self.criterion.function(outputs, targets)
+        step = self.batch_step if batch is self.batch else self.step  # a repeated forward pass repeats its masks
+        with self.masks(step, len(targets)):
+            outputs = self._forward(inputs)
+        loss, metric = self.criterion.function(outputs, targets), self.criterion.metric
         if loss.ndim:
             raise ValueError(
                 f"task {self.name}: its loss has shape {list(loss.shape)}; return the mean over the examples"
@@ -251,7 +255,7 @@ class TaskLearner:
         return tree_map(lambda x: x.float() if x.dtype == self.autocast else x, outputs) if self.autocast else outputs
 
     def _descend(self, batch: Batch, observe: Observe | None = None) -> Tensor:
-        self.batch = batch
+        self.batch, self.batch_step = batch, self.step
         self.loss, metric = self.compute_gradient(batch)
         if observe is not None:
             observe(self)

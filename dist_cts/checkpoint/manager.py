@@ -132,7 +132,7 @@ class CheckpointManager:
             self.warn(f"step {step}: checkpoint skipped, an earlier one is still being written")
             return False
         if self.placement.rank == 0:
-            states[PHI], layouts[PHI] = state.layout.views(state.phi), state.layout.fingerprint()
+            states[PHI], layouts[PHI] = state.layout.views(state.phi), state.fingerprint
             if state.reduced:
                 states[DELTAS] = {str(started): delta for started, delta in state.reduced.items()}
                 layouts[DELTAS] = layouts[PHI]
@@ -212,10 +212,13 @@ class CheckpointManager:
             differing = config_difference(saved, config.model_dump(mode="json"), may_differ)
             if differing:
                 raise ValueError(f"the config does not match checkpoint {path}: {'; '.join(differing)}")
-            layouts = {task_file(learner.name): learner.flat.layout for learner in state.learners}
-            for name, now in {PHI: state.layout, **layouts}.items():
-                if manifest.files[name].layout != now.fingerprint():
-                    raise ValueError(f"{path / name} was saved from a model with other tensors, shapes or strides")
+            layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in state.learners}
+            for name, now in {PHI: state.fingerprint, **layouts}.items():
+                if manifest.files[name].layout != now:
+                    frozen = ", or with other frozen weights: restore `init`" if name == PHI and state.rest else ""
+                    raise ValueError(
+                        f"{path / name} was saved from a model with other tensors, shapes or strides{frozen}"
+                    )
             for learner in state.learners:
                 saved_data, data = manifest.files[task_file(learner.name)].data, learner.data_fingerprint
                 if saved_data not in ("", data):

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from dist_cts.atomic import replace_file
 from dist_cts.checkpoint.files import State, check_finite, to_host
+from dist_cts.models import ModelConfig, pretrained
+from dist_cts.models.from_torchvision import weights_file
 
 SNAPSHOTS = "snapshots"  # folder of a run that holds phi_STEP.safetensors
 WRITER = {"written_by": "dist_cts"}  # second mark of a sealed file: one flipped byte cannot remove both
 SEAL = "dist_cts_sha256"  # key of the checksum over the file, computed with UNSEALED in its place
 UNSEALED = "0" * 64  # placeholder
 Source = str | Path | Mapping[str, Tensor]  # of an initialization
+_SUFFIXES = (".safetensors", ".pt", ".pth")
 _WEIGHTS = r"\w+_Weights\.\w+"  # how torchvision names its pretrained weights
 
 
@@ -38,13 +41,14 @@ def export_phi(path: Path, named: State, metadata: Mapping[str, str]) -> None:
     replace_file(path, data.replace(UNSEALED.encode(), _checksum(data).encode(), 1))
 
 
-def load_phi(source: Source) -> dict[str, Tensor]:
+def load_phi(source: Source, model: ModelConfig | None = None) -> dict[str, Tensor]:
     """The named tensors of an initialization, on the CPU. Reading executes nothing.
 
     Args:
         source: a .safetensors file, a PyTorch state dict (.pt, .pth), or the name of torchvision's pretrained weights
             such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. Their head is included;
             load_named ignores it. Named tensors are returned as they are.
+        model: whose pretrained weights `source` may also name: `pretrained` for the default ones, or a tag.
 
     Raises:
         FileNotFoundError: file not found.
@@ -53,10 +57,17 @@ def load_phi(source: Source) -> dict[str, Tensor]:
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = _downloaded(str(source)) if re.fullmatch(_WEIGHTS, str(source)) else Path(source)
+    path = Path(source)
+    if re.fullmatch(_WEIGHTS, str(source)):
+        path = weights_file(str(source))
+    elif model is not None and path.suffix not in _SUFFIXES and not path.exists():
+        found = pretrained(model, str(source))
+        if not isinstance(found, Path):
+            return found
+        path = found
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file not found")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: expected a .safetensors file or a state dict (.pt, .pth)")
     try:
         data = path.read_bytes()
@@ -117,26 +128,6 @@ def _step(snapshot: Path) -> int:
     if not number.isdecimal():
         raise ValueError(f"{snapshot}: expected a name like phi_1000.safetensors")
     return int(number)
-
-
-def _downloaded(name: str) -> Path:
-    import torchvision  # as slow to import as torch itself
-
-    try:
-        url = torchvision.models.get_weight(name).url
-    except (ValueError, KeyError):
-        known = "for example ResNet18_Weights.IMAGENET1K_V1"
-        raise ValueError(f"torchvision has no weights {name}; see torchvision.models.list_models, {known}") from None
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = path.stem.rpartition("-")[2]  # the file name contains its first digits
-        try:
-            torch.hub.download_url_to_file(url, str(path), sha256, progress=False)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise OSError(f"{name} cannot be downloaded ({reason}); download {url} to {path.parent}") from None
-    return path
 
 
 def _check_seal(data: bytes) -> None:

@@ -145,6 +145,15 @@ class DatasetSplit:
         is_class = targets.shape == (self.count,) and targets.dtype.kind in "biu"
         return targets.astype(np.int64) if is_class else np.zeros(self.count, np.int64)
 
+    @property
+    def example(self) -> Any:
+        """The inputs of the first two samples (of one sample twice, if there is only one)."""
+        rows = iter([Row(0, [0, min(1, self.count - 1)], [0, 1])])
+        loader = Loader(
+            self.dataset, rows, name=self.name, keys=(self.name, self.split, "sample"), workers=0, device=self.device
+        )
+        return _move(loader.take(), self.device)[0]
+
     def batches(self, seed: int, batch_size: int, **options: Any) -> DatasetBatches:
         """The training batches; `options` are those of DatasetBatches."""
         return DatasetBatches(

@@ -22,6 +22,10 @@ class Split(Protocol):
     labels: np.ndarray
     fingerprint: str
 
+    @property
+    def example(self) -> Any:
+        """The inputs of two examples, to try a model on."""
+
     def batches(
         self,
         seed: int,
@@ -56,6 +60,11 @@ class PreparedSplit:
     @property
     def fingerprint(self) -> str:
         return self.source.manifest.sha256
+
+    @property
+    def example(self) -> Tensor:
+        pixels = self.source.manifest.pixels
+        return torch.zeros(2, 3, pixels, pixels, device=self.source.device)
 
     def batches(self, seed: int, batch_size: int, **options: Any) -> TaskBatches:
         return TaskBatches(self.source, seed, batch_size, self.config, **options)

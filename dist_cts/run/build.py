@@ -11,7 +11,7 @@ from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
 from dist_cts.distributed.process_group import raise_on_all_ranks
-from dist_cts.flat import FlatLayout, load_named
+from dist_cts.flat import FlatParams, load_named
 from dist_cts.learner import Batches, TaskLearner
 from dist_cts.losses import make_loss
 from dist_cts.optimizer import inner_schedule
@@ -40,7 +40,15 @@ def build_learners(config: TrainConfig, placement: Placement, device: torch.devi
     Raises:
         ValueError, FileNotFoundError: a prepared task is missing, damaged, or does not fit the configuration.
     """
-    return [_open_learner(config, config.tasks[task], placement, device) for task in placement.local_tasks]
+    learners = [_open_learner(config, config.tasks[task], placement, device) for task in placement.local_tasks]
+    for learner in learners[1:]:  # other ranks' are compared by check_layouts
+        for ours, first in zip(learner.flat.start_layout.slots, learners[0].flat.start_layout.slots, strict=True):
+            if ours != first:
+                raise ValueError(
+                    f"phi covers {ours.name}, which is {list(first.shape)} in task {learners[0].name} but "
+                    f"{list(ours.shape)} in task {learner.name}; leave it out by model.body"
+                )
+    return learners
 
 
 def build_learner(
@@ -63,20 +71,24 @@ def build_learner(
     )
 
 
-def initial_phi(config: TrainConfig, layout: FlatLayout, device: torch.device) -> Tensor:
-    """phi_0 [N] from `init` or the seed: built on rank 0 and broadcast, so that it is bit-identical on all ranks.
+def initial_phi(config: TrainConfig, flat: FlatParams, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """phi_0 [N] and what it leaves out besides the heads, by name, for the model of any learner's `flat`.
+
+    From `init` or the seed: built on rank 0 and broadcast, so that all is bit-identical on all ranks.
 
     Raises:
         ValueError, OSError: `init` is missing, damaged, or does not fit the model.
     """
-    phi = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
+    layout = flat.start_layout
+    start = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
     with raise_on_all_ranks():
-        if dist.get_rank() == 0 and config.init is not None:
-            load_named(layout, phi, load_phi(config.init), config.init)
-        elif dist.get_rank() == 0:
-            load_named(layout, phi, models.build(config.model, 1, config.seed, "phi")[0].state_dict())
-    dist.broadcast(phi, 0)
-    return phi
+        if dist.get_rank() == 0:
+            named = models.build(config.model, flat.parts.classes, config.seed, "phi")[0].state_dict()
+            if config.init is not None:
+                named = models.with_adapters(named, load_phi(config.init, config.model), config.init)
+            load_named(layout, start, named, config.init or "the model")
+    dist.broadcast(start, 0)
+    return flat.split_start(start)
 
 
 def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, device: torch.device) -> TaskLearner:
@@ -90,4 +102,15 @@ def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, d
         data_ranks=placement.data_ranks,
         channels_last=config.channels_last,
     )
-    return build_learner(config, device, task, outputs(split, task.name, task.classes), batches)
+    classes = outputs(split, task.name, task.classes)
+    learner = build_learner(config, device, task, classes, batches)
+    if models.check_model(config.model, learner.model, split.example, classes, task.name):
+        if config.step == "graph" or config.compile:
+            key = "step=graph" if config.step == "graph" else "compile=true"
+            raise ValueError(
+                f"{key}: {config.model.name} draws dropout masks, which would not follow the seed; unset it"
+            )
+        learner.masks = models.SeededMasks(
+            device, config.seed, task.name, data_rank=placement.data_rank, data_ranks=placement.data_ranks
+        )
+    return learner

@@ -1,5 +1,6 @@
 """Hooks that run after every inner step: an ordered list, the same on every rank."""
 
+import json
 import time
 from collections.abc import Callable
 from itertools import chain
@@ -157,19 +158,22 @@ class Hooks:
 
 
 def export(config: TrainConfig, state: TrainState, path: Path) -> None:
-    """Writes the current phi to `path`, with metadata about the run.
+    """Writes what a new task starts from to `path`: the current phi and `state.rest`, with metadata about the run.
 
     Raises:
         ValueError: phi is not finite.
         OSError: the file cannot be written.
     """
     step, tasks = state.progress.step, len(config.tasks)
+    model = config.model.model_dump(mode="json", exclude_defaults=True)
     details = {
         "model": config.model.name,
         "width": config.model.width,
+        **{key: json.dumps(value) for key, value in model.items() if key not in ("name", "width")},
         "algorithm": config.algorithm,
         "step": step,
         "tasks": tasks,
         "cumulative_inner_steps": step * tasks,
     }
-    export_phi(path, state.layout.views(state.phi), {key: str(value) for key, value in details.items()})
+    named = {**state.rest, **state.layout.views(state.phi)}
+    export_phi(path, named, {key: str(value) for key, value in details.items()})

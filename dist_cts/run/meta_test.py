@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
+from torch import Tensor
 from tqdm import tqdm
 
 from dist_cts import models
@@ -23,7 +24,7 @@ from dist_cts.data.batches import DataConfig
 from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
-from dist_cts.flat import FlatParams, load_named
+from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.losses import LossConfig, LossField, make_loss
 from dist_cts.models import ModelConfig
@@ -123,11 +124,13 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
     with process_group(device, 3600):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with raise_on_all_ranks():
+            loaded = {start: load_phi(phi, config.model) for start, phi in phis.items()}
             for target in config.targets:
-                outputs(open_split(target, "test", config.data, device), target)
-            layout = FlatParams(*models.build(config.model, 1, "fits")).body_layout
-            for start, phi in phis.items():
-                load_named(layout, torch.zeros(layout.numel), load_phi(phi), _described(start, phi))
+                open_split(target, "test", config.data, device)
+                learner = open_learner(config, target, 0, device)
+                for start, named in loaded.items():
+                    start_from(learner, named, _described(start, phis[start]))
+                learner.batches.close()
             results = []
             mine = jobs[rank::world_size]
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
@@ -156,19 +159,10 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
     Head and running statistics are new. Head, data order and subset depend only on (seed, target), so they are the same
     for all initializations.
     """
-    train, test = (open_split(job.target, split, config.data, device) for split in ("train", "test"))
-    key = hashed_seed(job.seed, "meta-test")
-    indices = balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
-    channels_last = config.channels_last
-    batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
-    model, head = models.build(config.model, outputs(train, job.target), key, job.target)
-    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    autocast = torch.bfloat16 if config.precision == "bf16" else None
-    learner = TaskLearner(
-        job.target, model, head, batches, config.inner, criterion=make_loss(config.loss), autocast=autocast
-    )
+    test = open_split(job.target, "test", config.data, device)
+    learner = open_learner(config, job.target, job.seed, device)
     if job.phi is not None:
-        load_named(learner.flat.body_layout, learner.theta, load_phi(job.phi), _described(job.start, job.phi))
+        start_from(learner, load_phi(job.phi, config.model), _described(job.start, job.phi))
     schedule = make_schedule(learner.optimizer, config.schedule, config.steps, config.schedule_factor)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
     curve = []
@@ -177,8 +171,43 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
         schedule.step()
         if step in points:
             curve.append({"step": step, **learner.evaluate(test.test_batches(config.batch_size))})
-    batches.close()
+    learner.batches.close()
     return curve
+
+
+def open_learner(config: MetaTestConfig, target: str, seed: int, device: torch.device) -> TaskLearner:
+    """A learner of the target with random weights.
+
+    Raises:
+        ValueError: the model does not fit the target's data.
+    """
+    train, key = open_split(target, "train", config.data, device), hashed_seed(seed, "meta-test")
+    indices = balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
+    channels_last, classes = config.channels_last, outputs(train, target)
+    batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
+    model, parts = models.build(config.model, classes, key, target)
+    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    loss = make_loss(config.loss)
+    learner = TaskLearner(target, model, parts, batches, config.inner, criterion=loss, autocast=autocast)
+    if models.check_model(config.model, model, train.example, classes, target):
+        learner.masks = models.SeededMasks(device, key, target)
+    return learner
+
+
+@torch.no_grad()
+def start_from(learner: TaskLearner, named: Mapping[str, Tensor], source: str) -> None:
+    """Starts body and rest from named tensors, and the head anew.
+
+    Raises:
+        ValueError: they do not fit the model; names `source`.
+    """
+    layout = learner.flat.start_layout
+    start = torch.zeros(layout.numel, dtype=layout.dtype, device=learner.theta.device)
+    load_named(layout, start, models.with_adapters(learner.model.state_dict(), named, source), source)
+    phi, rest = learner.flat.split_start(start)
+    learner.theta.copy_(phi)
+    learner.flat.start_rest(rest)
 
 
 def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarray:

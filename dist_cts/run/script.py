@@ -30,7 +30,7 @@ def meta_train_tasks(tasks: Mapping[str, Any], model: Model, *, head: str | None
         tasks: by name, rows of DATASETS: a Stream of batches, or a function of the split that returns a dataset.
         model: a name, a section `model` of the configuration, or a function of the number of outputs that builds a
             module, such as its class.
-        head: of such a module: the name of its head, which every task has for itself.
+        head: of such a module: the name of its head, which every task has for itself; default: its last linear layer.
         settings: the keys of TrainConfig but for `tasks` and `model`; sections as dicts. With `run_dir` the run has a
             folder, as `train` has: metrics, checkpoints from which the same call resumes, phi.safetensors.
 
@@ -97,5 +97,5 @@ def _model(model: Model, head: str | None) -> Any:
     if not callable(model):
         return {"name": model} if isinstance(model, str) else model
     name = getattr(model, "__name__", type(model).__name__)
-    MODELS[name] = Architecture(lambda classes, width: model(classes), head or "fc")
+    MODELS[name] = Architecture(lambda classes: model(classes), head)
     return {"name": name}

@@ -114,9 +114,12 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
                 learner.model.compile()
         if config.step == "graph":
             use_graphs(learners)
-        layout = learners[0].flat.body_layout
-        check_layouts(layout)
-        state = TrainState(initial_phi(config, layout, device), layout, learners, progress)
+        flat = learners[0].flat
+        check_layouts(flat.start_layout)
+        phi, rest = initial_phi(config, flat, device)
+        for learner in learners:
+            learner.flat.start_rest(rest)
+        state = TrainState(phi, flat.body_layout, learners, progress, rest)
         with lock:
             return _run(config, state, algorithm, placement, costs, stop)
 

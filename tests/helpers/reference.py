@@ -18,7 +18,9 @@ def optimizer_for(model, inner):
 
 
 def body_of(model, head):
-    return {n: p for n, p in model.named_parameters() if not n.startswith(head + ".")}
+    """The parameters that phi covers; `head`: the name of the head, or a set of names that phi leaves out."""
+    outside = {n for n, _ in model.named_parameters() if n.startswith(head + ".")} if isinstance(head, str) else head
+    return {n: p for n, p in model.named_parameters() if n not in outside}
 
 
 def loss_of(model, batch):

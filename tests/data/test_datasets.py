@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader calls
 
 from dist_cts.data import datasets, loader
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.datasets import DATASETS, DatasetBatches, DatasetSplit
 from dist_cts.data.hugging_face import HuggingFace
 from dist_cts.data.plan import SamplePlan
+from dist_cts.data.samples import Batch
 from dist_cts.data.tasks import open_split, outputs
 from dist_cts.errors import RankError
 from dist_cts.run.meta_test import balanced_subset
@@ -144,6 +146,14 @@ def test_seek_replays_and_keeps_the_workers(make, workers):
     batches.close()
     batches.close()
     assert_same(batches.next(), expected[4])  # a closed stream goes on where it was
+
+
+def test_pinning_keeps_tuples(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # needs a GPU
+    zero = torch.zeros(1)
+    pinned = pin_memory(Batch({"a": (zero, zero)}, zero))
+    assert isinstance(pinned.inputs["a"], tuple)
+    assert pinned.inputs["a"][1] == pinned.targets == 1
 
 
 def test_channels_last_is_for_images_only():

@@ -20,6 +20,7 @@ _HOMES = {
     # The tables that take rows of your own, and their rows.
     "DATASETS": "dist_cts.data.datasets",
     "Stream": "dist_cts.data.streams",
+    "HuggingFace": "dist_cts.data.hugging_face",
     "MODELS": "dist_cts.models",
     "Architecture": "dist_cts.models",
     "LOSSES": "dist_cts.losses",

@@ -2,6 +2,7 @@ from dist_cts.algorithms.table import ALGORITHMS as ALGORITHMS
 from dist_cts.algorithms.table import Algorithm as Algorithm
 from dist_cts.checkpoint.phi import load_phi as load_phi
 from dist_cts.data.datasets import DATASETS as DATASETS
+from dist_cts.data.hugging_face import HuggingFace as HuggingFace
 from dist_cts.data.streams import Stream as Stream
 from dist_cts.losses import LOSSES as LOSSES
 from dist_cts.losses import Loss as Loss

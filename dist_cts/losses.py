@@ -88,6 +88,9 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> Tensor:
     """Cross entropy of logits [B, C, ...] and labels, int64 [B, ...] or probabilities [B, C, ...]."""
+    if logits.ndim > 2 and not labels.is_floating_point():
+        # One row per label: with more dimensions, PyTorch's kernel for GPUs is not deterministic.
+        logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("algorithms", "data.prepare", "distributed", "state"),
     ("checkpoint", "meta_train", "step_graph"),
     ("run", "synthetic"),
-    ("commands",),
+    ("commands", "examples"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -39,6 +39,10 @@ def test_losses_are_means_over_the_examples():
     assert smooth.item() == pytest.approx((0.8 * right - 0.2 * p.log().mean(1)).mean().item(), rel=1e-5)
     one_hot = nn.functional.one_hot(classes, 4).float()
     assert LOSSES["cross_entropy"].function(x, one_hot).item() == pytest.approx(right.mean().item(), rel=1e-5)
+    pixels, of_pixels = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 3, 5))
+    for options in ({}, {"label_smoothing": 0.2}):
+        loss = make_loss(LossConfig(name="cross_entropy", **options)).function(pixels, of_pixels).item()
+        assert loss == pytest.approx(nn.functional.cross_entropy(pixels, of_pixels, **options).item(), rel=1e-5)
     binary = -(labels * x.sigmoid().log() + (1 - labels) * (1 - x.sigmoid()).log())
     assert LOSSES["bce"].function(x, labels).item() == pytest.approx(binary.mean().item(), rel=1e-5)
     assert LOSSES["mse"].function(x, y).item() == pytest.approx(((x - y) ** 2).mean().item(), rel=1e-5)

@@ -52,8 +52,8 @@ class Loader:
         """The batch of the next row.
 
         Raises:
-            RankError: a sample cannot be loaded, or a worker died or is stuck; names task, step and sample.
-            ValueError: the dataset cannot be sent to worker processes.
+            RankError: a sample cannot be loaded, or a worker died or is stuck (names task, step and sample), or the
+                dataset cannot be sent to worker processes.
         """
         if self._iterator is None:
             self._iterator = self._start()
@@ -98,7 +98,7 @@ class Loader:
                     )
                 )
         except (TypeError, AttributeError, PicklingError) as error:
-            raise ValueError(
+            raise RankError(
                 f"task {self.name}: its dataset cannot be sent to worker processes ({one_line(error)}); define it at "
                 "the top level of a module, or set data.dataset_workers=0"
             ) from None
@@ -175,12 +175,14 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _begin_worker(_: int) -> None:
-    """Runs first in every worker; makes it end with its rank, also if the rank is killed.
+    """Runs first in every worker: it ends with its rank, also if the rank is killed, and on no signal before.
 
     The DataLoader's own check looks at the parent process, which is the server, and the server lives as long as any
     worker.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the server may have been started by someone else
+    for number in STOP_SIGNALS:  # handled, not ignored or blocked: that would pass to processes that the dataset starts
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def end() -> None:
         connection.wait([multiprocessing.parent_process().sentinel])
@@ -194,4 +196,5 @@ def _describe_exit(worker: multiprocessing.Process) -> str:
     if code >= 0:
         return f"exited with code {code}; its error is above"
     name = signal.Signals(-code).name
-    return f"was killed by {name}" + ("; is the machine out of memory?" if name == "SIGKILL" else "")
+    hint = {"SIGKILL": "; is the machine out of memory?", "SIGBUS": "; is /dev/shm full?"}.get(name, "")
+    return f"was killed by {name}{hint}"

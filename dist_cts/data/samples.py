@@ -8,7 +8,7 @@ share the task, or on what was loaded before.
 import random
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from dist_cts.seeds import hashed_seed
 
@@ -66,13 +66,14 @@ class Samples(data.Dataset):
         worker = data.get_worker_info()
         place = 2 * worker.id if worker else 0
         samples, index = [], IDLE
-        with _generators_kept():
+        with nullcontext() if worker else _generators_kept():
             try:
                 for index, position in zip(row.index, row.position, strict=True):
                     self.places[place], self.places[place + 1] = row.step, index
                     _seed(hashed_seed(*self.keys, position))
                     samples.append(_to_tensors(self.dataset[index]))
-                return _stack(samples, row.index)
+                index = IDLE
+                return Batch(*_stack(samples, row.index))
             except Exception as error:
                 return Failure(index, _describe(error))
             finally:
@@ -109,20 +110,28 @@ def _to_tensor(value: Any) -> Any:
     raise TypeError(f"a sample must hold tensors, arrays and numbers, found a {type(value).__name__}")
 
 
-def _stack(samples: list[tuple[Any, Tensor]], index: list[int]) -> Batch:
-    """The samples as one batch.
+def _stack(values: list[Any], index: list[int]) -> Any:
+    """The samples' values as one, each tensor with a new first dimension.
 
     Raises:
-        ValueError: they have different shapes, types or structures; names two that differ.
+        ValueError: they have different shapes, types or structures; names two samples that differ.
     """
-    flat = [tree_flatten(sample) for sample in samples]
-    forms = [([(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves], spec) for leaves, spec in flat]
-    for other, form in zip(index, forms, strict=True):
-        if form != forms[0]:
-            (first, _), (second, _) = forms[0], form
-            raise ValueError(f"samples {index[0]} and {other} do not fit into one batch: {first} and {second}")
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return Batch(*tree_unflatten([data.default_collate(list(column)) for column in columns], flat[0][1]))
+    form = _form(values[0])
+    for other, value in zip(index, values, strict=True):
+        if _form(value) != form:
+            raise ValueError(f"samples {index[0]} and {other} do not fit into one batch: {form} and {_form(value)}")
+    if isinstance(values[0], Tensor):
+        return data.default_collate(values)  # in a worker, into shared memory
+    if isinstance(values[0], tuple):
+        return tuple(_stack(list(column), index) for column in zip(*values, strict=True))
+    return {key: _stack([value[key] for value in values], index) for key in values[0]}
+
+
+def _form(value: Any) -> tuple:
+    """What the samples of a batch have in common."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    return (dict, *value) if isinstance(value, dict) else (tuple, len(value))
 
 
 def _seed(seed: int) -> None:

@@ -21,6 +21,7 @@ from dist_cts.atomic import replace_file
 from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata, run_dir_of
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig
+from dist_cts.data.datasets import DATASETS
 from dist_cts.data.tasks import open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
@@ -245,9 +246,12 @@ def _described(start: str, phi: Source) -> str:
 
 
 def _result_path(config: MetaTestConfig, job: Job) -> Path:
-    # Results are reused only for the same settings and a bit-identical phi.
+    # Results are reused only for the same settings, dataset and bit-identical phi.
     settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device", "deterministic"})
     if config.loss == LossConfig():
         del settings["loss"]  # as before there was a choice, so that older results are found
+    if job.target in DATASETS:
+        splits = (open_split(job.target, split, config.data, torch.device("cpu")) for split in ("train", "test"))
+        settings["content"] = [split.fingerprint for split in splits]
     key = hashlib.sha256(json.dumps([settings, _identity(job.phi)], sort_keys=True).encode()).hexdigest()[:12]
     return config.out / "jobs" / f"{job.target}--{job.start}--{job.seed}--{key}.json"

@@ -28,6 +28,15 @@ def placement(results):
     assert all(value > 0 for values in results["seconds_per_step"].values() for value in values)
 
 
+def characters(results):
+    assert set(results["summary"]) == {"random", "cts", "reptile"}
+    assert set(results["scan_bpc"]) == {"cts-1", "reptile-1"}
+    for row in results["summary"].values():
+        assert set(row["bpc"]) == {"mean", "web"}
+        assert row["bpc"]["mean"]["mean"] == pytest.approx(sum(row["per_seed"]) / 2)
+        assert row["curve"][-1] == pytest.approx(row["bpc"]["mean"]["mean"])
+
+
 def scaling(results):
     assert set(results["measured"]) == {"1", "2"}
     assert all(value > 0 for seconds in results["measured"].values() for value in seconds["step"])
@@ -83,6 +92,7 @@ def step_trace(results):
 
 
 BENCHMARKS = {
+    "characters": (characters, ()),
     "many_tasks": (many_tasks, ("--precision", "bf16", "--channels-last")),
     "placement": (placement, ()),
     "scaling": (scaling, ()),
@@ -92,7 +102,7 @@ BENCHMARKS = {
     "step_trace": (step_trace, ()),
     "time_to_quality": (time_to_quality, ()),
 }
-SLOW = ("start_up", "time_to_quality")  # they start the commands of launch/
+SLOW = ("characters", "start_up", "time_to_quality")  # they train and meta-test several times
 
 
 def results_in(folder, name):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_flatten
 
 from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig, make_algorithm
 from dist_cts.checkpoint.manager import CheckpointConfig, CheckpointManager
 from dist_cts.data.batches import DataConfig, TaskBatches
+from dist_cts.data.datasets import DatasetBatches
 from dist_cts.data.source import ResidentSource
 from dist_cts.distributed.numerics import set_numerics
 from dist_cts.distributed.placement import place
@@ -28,6 +30,7 @@ from dist_cts.progress import Progress
 from dist_cts.run.config import TrainConfig
 from dist_cts.state import TrainState
 from dist_cts.step_graph import use_graphs
+from tests.helpers.datasets import Noisy
 
 CPU, DEVICE = torch.device("cpu"), torch.device(os.environ.get("GPU_TESTS_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -184,3 +187,18 @@ def test_two_ranks_on_one_gpu_are_like_two_tasks_on_one_rank(run_ranks):
     assert torch.equal(first, second)
     alone = train(make_state([make_learner(task) for task in range(2)]), 12).cpu()
     torch.testing.assert_close(first, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_dataset_have_the_cpus_bits(workers):
+    """Through pinned memory; the workers start beside a process that uses CUDA."""
+    torch.zeros(1, device=DEVICE)
+    expected = DatasetBatches(Noisy(), "set", 1, 6)
+    batches = DatasetBatches(Noisy(), "set", 1, 6, workers=workers, device=DEVICE)
+    for _ in range(5):
+        leaves, form = tree_flatten(batches.next())
+        others, other_form = tree_flatten(expected.next())
+        assert form == other_form
+        assert all(leaf.device.type == DEVICE.type and torch.equal(leaf.cpu(), other)
+                   for leaf, other in zip(leaves, others, strict=True))  # fmt: skip
+    batches.close()

@@ -83,9 +83,12 @@ def test_a_run_is_not_resumed_on_other_data(run_ranks, tmp_path):
     assert "48 samples task 1, now 48 samples task 7; restore them, or pass --fresh" in message
 
 
-def test_phi_is_adapted_to_a_dataset(expected, tmp_path):
+def test_phi_is_adapted_to_a_dataset(expected, tmp_path, monkeypatch):
     config = MetaTestConfig(targets=["sets-3"], seeds=2, steps=5, train_limit=6, eval_points=1, out=tmp_path, **COMMON)
     assert meta_test.meta_test(config, {"cts": str(expected / "phi.safetensors")}) == 0
     summary = json.loads((tmp_path / "meta_test.json").read_text())["summary"]
     assert summary.keys() == {"random", "cts"}
     assert set(summary["cts"]) == {"sets-3"}
+    monkeypatch.setitem(datasets.DATASETS, "sets-3", lambda split: datasets.Images(7, split))
+    assert meta_test.meta_test(config, {"cts": str(expected / "phi.safetensors")}) == 0
+    assert len(list((tmp_path / "jobs").iterdir())) == 8  # no result of other data is reused

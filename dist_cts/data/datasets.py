@@ -152,7 +152,7 @@ class DatasetSplit:
         loader = Loader(
             self.dataset, rows, name=self.name, keys=(self.name, self.split, "sample"), workers=0, device=self.device
         )
-        return _move(loader.take(), self.device)[0]
+        return move(loader.take(), self.device)[0]
 
     def batches(self, seed: int, batch_size: int, **options: Any) -> DatasetBatches:
         """The training batches; `options` are those of DatasetBatches."""

@@ -1,5 +1,6 @@
 """TrainState: everything that training changes on this rank; checkpoints save and restore it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class TrainState:
     """The replicated phi, this rank's learners in task order, and the run's progress.
 
     phi [N] is bit-identical on all ranks; `layout` names the tensors inside it. `reduced`: the deltas [N] that are not
-    applied yet, by the step of their meta-gradients; complete after `MetaReducer.drain`.
+    applied yet, by the step of their meta-gradients; complete after `MetaReducer.drain`. `velocity` [N]: of the outer
+    momentum, the same on all ranks.
     """
 
     phi: Tensor
@@ -22,3 +24,15 @@ class TrainState:
     learners: list[TaskLearner]
     progress: Progress
     reduced: dict[int, Tensor] = field(default_factory=dict)
+    velocity: Tensor | None = None
+
+    def outer_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the outer rule: `reduced`, under its steps, and `velocity`; often nothing."""
+        state = {str(step): delta for step, delta in self.reduced.items()}
+        return state if self.velocity is None else state | {"velocity": self.velocity}
+
+    def load_outer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores an `outer_state`."""
+        values = {key: value.to(self.phi.device) for key, value in state.items()}
+        self.velocity = values.pop("velocity", None)
+        self.reduced |= {int(step): delta for step, delta in values.items()}

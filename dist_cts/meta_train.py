@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from dist_cts.algorithms.outer import PLAIN, OuterConfig, accelerate, beta_at
 from dist_cts.algorithms.table import Algorithm
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.state import TrainState
@@ -25,6 +26,7 @@ def meta_train(
     beta: float,
     M: int,
     K: int,
+    outer: OuterConfig = PLAIN,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Meta-trains phi [N] in place over M episodes of K inner steps; `state.learners` are this rank's.
@@ -34,7 +36,9 @@ def meta_train(
     """
     phi, learners, progress = state.phi, state.learners, state.progress
     period = algorithm.period or K
-    for _m in progress.episodes(M):
+    if outer.momentum and state.velocity is None:
+        state.velocity = torch.zeros_like(phi)
+    for m in progress.episodes(M):
         if progress.at_episode_start:
             for learner in learners:
                 learner.reset(phi)  # theta <- phi
@@ -44,10 +48,11 @@ def meta_train(
                 learner.inner_step(algorithm.observe)  # theta <- theta - alpha grad L(theta)
             if k % period == 0:
                 gradients = [algorithm.meta_gradient(learner, phi) for learner in learners]
-                reducer.start(gradients, progress.step, scale=-beta)
+                reducer.start(gradients, progress.step, scale=-beta_at(m, M, beta, outer))
             elif k % CONTROL_PERIOD == 0:
                 reducer.exchange(progress.step)
             for delta in reducer.finished(progress.step, flush=k == K):  # of step k - delay; at k = K of all steps
+                delta = accelerate(delta, state.velocity, outer)
                 phi += delta  # meta-update
                 for learner in learners:
                     algorithm.shift(learner, phi, delta, progress)  # theta <- theta + delta

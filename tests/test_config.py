@@ -121,6 +121,12 @@ def test_a_base_file_is_extended(write):
         ("- a\n- b", [], r"expected `key: value` lines, found a list"),
         ("tasks: [a", [], r"not a YAML file"),
         ("tasks: [a, b]\nalgorithm: mtl", ["inner.optimizer=adam"], r"algorithm=mtl with inner.optimizer=adam"),
+        (
+            "tasks: [a]\nalgorithm: mtl",
+            ["outer.momentum=0.9"],
+            r"algorithm=mtl is joint training.* leave section outer out",
+        ),
+        ("tasks: [a]", ["outer.nesterov=true"], r"outer.nesterov=true needs outer.momentum above 0"),
         ("tasks: [a]\ninner_steps: 5", ["inner.warmup=5"], r"inner.warmup=5 must be below inner_steps=5"),
         ("tasks: [a]\nstep: graph", ["inner.schedule=cosine"], r"step=graph records the learning rate"),
         ("base: a.yaml", [], r"circular `base:` chain"),

@@ -2,7 +2,7 @@
 
     step-00001000/
         phi.safetensors          phi under its parameter names, as in an exported phi
-        deltas.safetensors       with method.delay: the meta-updates in flight, by step
+        outer.safetensors        with method.delay: meta-updates in flight, by step; with outer.momentum: its velocity
         task-NAME.safetensors    theta and head, optimizer state and running statistics of one task
         manifest.json            step, config, and the size and checksum of every file; written last
 
@@ -26,7 +26,7 @@ from dist_cts.atomic import seal
 from dist_cts.config import Config
 
 PHI = "phi.safetensors"
-DELTAS = "deltas.safetensors"
+OUTER = "outer.safetensors"
 MANIFEST = "manifest.json"
 State = Mapping[str, Tensor]
 

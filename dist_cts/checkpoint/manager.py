@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_cts.atomic import fsync_folder, publish, replace_file
 from dist_cts.checkpoint.files import (
-    DELTAS,
+    OUTER,
     PHI,
     CheckpointManifest,
     State,
@@ -133,9 +133,8 @@ class CheckpointManager:
             return False
         if self.placement.rank == 0:
             states[PHI], layouts[PHI] = state.layout.views(state.phi), state.fingerprint
-            if state.reduced:
-                states[DELTAS] = {str(started): delta for started, delta in state.reduced.items()}
-                layouts[DELTAS] = layouts[PHI]
+            if outer := state.outer_state():
+                states[OUTER], layouts[OUTER] = outer, layouts[PHI]
         if self.placement.contributes:  # the ranks of a data group hold the same bits: only the first saves
             self._copies = {name: to_host(tensors, self._copies.get(name, {})) for name, tensors in states.items()}
             # Named by rank 0's token, so that files of an earlier attempt at this step cannot get in.
@@ -179,7 +178,7 @@ class CheckpointManager:
                 damaged.append(path)
                 continue
             load_named(state.layout, state.phi, states[PHI])
-            state.reduced |= {int(key): delta.to(state.phi.device) for key, delta in states.get(DELTAS, {}).items()}
+            state.load_outer_state(states.get(OUTER, {}))
             for learner in state.learners:
                 tensors = states[task_file(learner.name)]
                 learner.load_state_dict({key: value.to(state.phi.device) for key, value in tensors.items()})
@@ -200,7 +199,7 @@ class CheckpointManager:
         try:
             manifest = read_manifest(path)
             names = [PHI, *(task_file(learner.name) for learner in state.learners)]
-            names += [DELTAS] if DELTAS in manifest.files else []
+            names += [OUTER] if OUTER in manifest.files else []
             states = {name: read_state(path / name, manifest) for name in names}
         except (OSError, ValueError) as error:
             fault = str(error)

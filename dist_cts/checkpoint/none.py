@@ -1,5 +1,7 @@
 """No checkpoints: for a run without a folder, from a script."""
 
+from collections.abc import Sequence
+
 from dist_cts.config import Config
 from dist_cts.state import TrainState
 
@@ -17,5 +19,5 @@ class NoCheckpoints:
         """Saves nothing."""
         return False
 
-    def load_newest(self, state: TrainState, config: Config) -> None:
+    def load_newest(self, state: TrainState, config: Config, may_differ: Sequence[str] = ()) -> None:
         """Finds none."""

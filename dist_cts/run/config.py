@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
 from dist_cts.checkpoint.manager import CheckpointConfig
 from dist_cts.config import CONFIGS, Config
@@ -75,6 +76,7 @@ class TrainConfig(Config):
     max_minutes: float = Field(0, ge=0, description="save a checkpoint and exit after N minutes; 0 disables")
     loss: LossField = LossConfig()
     inner: InnerConfig = InnerConfig()
+    outer: OuterConfig = OuterConfig()
     method: MethodConfig = MethodConfig()
     reset: ResetConfig = ResetConfig()
     model: ModelConfig = ModelConfig()
@@ -95,6 +97,12 @@ class TrainConfig(Config):
                 f"algorithm=mtl with inner.optimizer={optimizer}: the mean of the tasks' Adam steps is not a step of "
                 "joint training; use sgd or nesterov"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _joint_training_has_no_outer_rule(self) -> "TrainConfig":
+        if self.algorithm == "mtl" and self.outer != OuterConfig():
+            raise ValueError("algorithm=mtl is joint training, phi is the mean of theta: leave section outer out")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from dist_cts.algorithms.delay import delay_warning
 from dist_cts.algorithms.table import Algorithm, make_algorithm
 from dist_cts.checkpoint.manager import CheckpointManager
 from dist_cts.checkpoint.none import NoCheckpoints
+from dist_cts.checkpoint.settings import MAY_DIFFER
 from dist_cts.distributed.balance import Costs, describe_assignment
 from dist_cts.distributed.numerics import set_numerics
 from dist_cts.distributed.peer_failure import liveness_checked, wait_for_gpu
@@ -119,7 +120,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
         phi, rest = initial_phi(config, flat, device)
         for learner in learners:
             learner.flat.start_rest(rest)
-        state = TrainState(phi, flat.body_layout, learners, progress, rest)
+        state = TrainState(phi, flat.body_layout, learners, progress, rest=rest)
         with lock:
             return _run(config, state, algorithm, placement, costs, stop)
 
@@ -131,7 +132,8 @@ def _run(
     checkpoints: CheckpointManager | NoCheckpoints = NoCheckpoints()
     if config.run_dir is not None:
         checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
-    resumed = checkpoints.load_newest(state, config)
+    fixed = set() if config.outer.schedule == "constant" else {"episodes"}  # beta depends on it
+    resumed = checkpoints.load_newest(state, config, tuple(set(MAY_DIFFER) - fixed))
     wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
     delay, device = config.method.delay, state.phi.device
     in_flight = delay // (algorithm.period or config.inner_steps) + 1
@@ -158,7 +160,14 @@ def _run(
     with metrics:
         hooks = Hooks(config, state, algorithm, placement, reducer, metrics, checkpoints, stop)
         meta_train(
-            state, algorithm, reducer, beta=config.meta_lr, M=config.episodes, K=config.inner_steps, after_step=hooks
+            state,
+            algorithm,
+            reducer,
+            beta=config.meta_lr,
+            M=config.episodes,
+            K=config.inner_steps,
+            outer=config.outer,
+            after_step=hooks,
         )
         hooks.read_controls(flush=True)
         hooks.log()
@@ -190,7 +199,9 @@ def _announce(
             "found much worse initializations (supplement A); consider inner.optimizer=sgd, which has momentum"
         )
     late = config.method.delay if config.algorithm == "cts" else 0
-    if warning := delay_warning(config.inner, config.meta_lr, K, delay=late, period=algorithm.period or K):
+    if warning := delay_warning(
+        config.inner, config.meta_lr / (1 - config.outer.momentum), K, delay=late, period=algorithm.period or K
+    ):
         log_rank0(warning)
     if config.placement != "even":
         log_rank0(describe_assignment(placement.assignment, config.task_names, costs))

@@ -7,6 +7,7 @@ from torch import nn
 from dist_cts import models
 from dist_cts.algorithms import meta_gradients
 from dist_cts.algorithms.meta_gradients import IMAMLConfig
+from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig, make_algorithm
 from dist_cts.distributed.placement import place
 from dist_cts.distributed.process_group import overlapping_groups, process_group
@@ -27,7 +28,7 @@ TINY = ModelConfig(name="tiny", width=0.5)
 INNER = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 LAM, CG = 10.0, 4  # lambda above the largest negative curvature, so that conjugate gradient is well posed
 
-# name -> algorithm, beta, options of MethodConfig, options of the reference, what differs in the inner optimizer
+# name -> algorithm, beta, options of MethodConfig and of the reference, what differs in the inner and in the outer rule
 CASES = {
     "cts": ("cts", 0.5, {}, {}),
     "cts every 2": ("cts", 0.5, {"shift_every": 2}, {"every": 2}),
@@ -60,6 +61,12 @@ CASES = {
         {"lam": LAM, "iterations": CG},
         {"clip": 0.5},
     ),
+    "heavy ball": ("cts", 0.2, {}, {}, {}, {"momentum": 0.7, "schedule": "linear"}),
+    "nesterov, a step late": (
+        *("cts", 0.2, {"delay": 1}, {"delay": 1}),
+        *({}, {"momentum": 0.7, "nesterov": True, "schedule": "cosine"}),
+    ),
+    "reptile with momentum": ("reptile", 0.5, {}, {}, {}, {"momentum": 0.5}),
     "adamw, warm-up": ("cts", 0.5, {}, {}, {"optimizer": "adamw", "lr": 0.005, "weight_decay": 0.1, "warmup": 2}),
 }
 
@@ -74,7 +81,11 @@ def phi_zero():
 
 
 def inner_of(case):
-    return INNER | dict(*CASES[case][4:])
+    return INNER | dict(*CASES[case][4:5])
+
+
+def outer_of(case):
+    return dict(*CASES[case][5:])
 
 
 def make_learners(tasks, inner=INNER):
@@ -92,19 +103,22 @@ def named(learner, vector):
     return {name: view.clone() for name, view in learner.flat.body_layout.views(vector).items()}
 
 
-def run(case, placement, phi, learners, progress, stop_at=M * K, reduced=None):
-    """Returns the deltas in flight after the step `stop_at`; `reduced`: those of the run that it resumes."""
+def run(case, placement, phi, learners, progress, stop_at=M * K, outer_state=None):
+    """Returns the state's `outer_state` after the step `stop_at`; `outer_state`: that of the run that it resumes."""
 
     def after_step():
         progress.stopping = progress.step == stop_at
 
     _, beta, options, *_ = CASES[case]
-    state = TrainState(phi, learners[0].flat.body_layout, learners, progress, reduced or {})
+    state = TrainState(phi, learners[0].flat.body_layout, learners, progress)
+    state.load_outer_state(outer_state or {})
     groups = overlapping_groups(phi.device, options.get("delay", 0) + 1, 30)
     reducer = MetaReducer(phi, learners, placement, delay=options.get("delay", 0), groups=groups, reduced=state.reduced)
-    meta_train(state, make(case), reducer, beta=beta, M=M, K=K, after_step=after_step)
+    meta_train(
+        state, make(case), reducer, beta=beta, M=M, K=K, outer=OuterConfig(**outer_of(case)), after_step=after_step
+    )
     reducer.drain()
-    return state.reduced
+    return state.outer_state()
 
 
 def start(learners):
@@ -142,6 +156,7 @@ def oracle(case):
         K=K,
         algorithm=name,
         direction=direction,
+        outer=outer_of(case),
         **options,
     )
 
@@ -175,13 +190,13 @@ def test_an_episode_interrupted_after_its_second_step_resumes_bit_identically(al
 
     before, progress = make_learners(range(T), inner_of(case)), Progress(K)
     phi = start(before)
-    reduced = run(case, alone, phi, before, progress, stop_at=K + 2)
-    assert len(reduced) == CASES[case][2].get("delay", 0)
+    outer_state = run(case, alone, phi, before, progress, stop_at=K + 2)
+    assert len(outer_state) == CASES[case][2].get("delay", 0) + ("momentum" in outer_of(case))
     after = make_learners(range(T), inner_of(case))
     for learner, state in zip(after, [learner.state_dict() for learner in before], strict=True):
         learner.load_state_dict({name: value.clone() for name, value in state.items()})
         learner.seek(progress.step)
-    run(case, alone, phi, after, Progress(K, progress.step), reduced=reduced)
+    run(case, alone, phi, after, Progress(K, progress.step), outer_state=outer_state)
     assert torch.equal(phi, expected)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dist_cts import atomic, models
+from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.checkpoint import manager as checkpoint
 from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, read_state, task_file, write_manifest
@@ -48,6 +49,7 @@ class RunConfig(Config):
     reduction: str = "ordered"
     tasks: int = T
     delay: int = 0
+    outer: OuterConfig = OuterConfig()
     inner: InnerConfig = InnerConfig(lr=0.05)
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=0)
 
@@ -98,12 +100,12 @@ def train(run, until=STEPS, after_step=lambda step: None):
 
     run.progress.stopping = run.progress.step == until
     algorithm = ALGORITHMS[run.config.algorithm]
-    meta_train(run.state, algorithm, run.reducer, beta=BETA, M=M, K=K, after_step=seen)
+    meta_train(run.state, algorithm, run.reducer, beta=BETA, M=M, K=K, outer=run.config.outer, after_step=seen)
 
 
 def tensors(run):
     """Every tensor of this rank's run, copied, and the next 100 batches."""
-    state = {PHI: run.phi} | {f"delta {step}": delta for step, delta in run.state.reduced.items()}
+    state = {PHI: run.phi} | run.state.outer_state()
     for learner in run.learners:
         state |= {f"{learner.name}.{key}": value for key, value in learner.state_dict().items()}
         steps = range(learner.batches.step, learner.batches.step + 100)
@@ -175,7 +177,7 @@ RUNS = {
     "a data group of 2 ranks": (2, RunConfig(tasks=1)),
     "adam": (1, RunConfig(inner=InnerConfig(optimizer="adam", lr=0.005))),
     "reptile": (1, RunConfig(algorithm="reptile")),
-    "2 steps late on 2 ranks": (2, RunConfig(delay=2)),
+    "2 steps late on 2 ranks, with momentum": (2, RunConfig(delay=2, outer=OuterConfig(momentum=0.5))),
     "4 steps late, mean on 4 ranks": (4, RunConfig(delay=4, reduction="mean")),
 }
 

@@ -103,17 +103,22 @@ def imaml(model, batch, head, lam, iterations):
 def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head="fc", **options):
     """phi: {name: tensor}; models: one per task; batches(task, step) -> (x, y). Returns phi after M episodes.
 
-    options: every, delay (in steps), scale, gradient ("fomaml" within an episode), lam, iterations,
-    direction(step) -> {name: tensor}.
+    options: every, outer {momentum, nesterov, schedule}, delay (in steps), scale, gradient ("fomaml" within an
+    episode), lam, iterations, direction(step) -> {name: tensor}.
     """
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
     body = [body_of(model, head) for model in models]
     clip = inner.get("clip", 0)
+    outer = {"momentum": 0, "nesterov": False, "schedule": "constant"} | options.get("outer", {})
+    velocity = {n: torch.zeros_like(p) for n, p in phi.items()}
     once = algorithm in ("reptile", "fomaml", "fomaml++", "imaml", "leap")
     every = K if once else options.get("every", 1)
     step = 0
-    for _ in range(M):
+    for m in range(M):
+        beta_m = (
+            beta * {"constant": 1, "linear": 1 - m / M, "cosine": math.cos(math.pi * m / M / 2) ** 2}[outer["schedule"]]
+        )
         for theta in body:
             for name, p in theta.items():
                 p.data.copy_(phi[name])
@@ -145,10 +150,13 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                         gradients.append(leap(paths[task]))
                     else:
                         gradients.append({n: phi[n] - body[task][n].data for n in phi})
-                delta = {n: -beta * sum(gradient[n] for gradient in gradients) / len(models) for n in phi}
+                delta = {n: -beta_m * sum(gradient[n] for gradient in gradients) / len(models) for n in phi}
                 late.append((step, delta))
             while late and (k == K or late[0][0] + options.get("delay", 0) <= step):
                 delta = late.pop(0)[1]
+                velocity = {n: outer["momentum"] * velocity[n] + delta[n] for n in phi}
+                ahead = {n: delta[n] + outer["momentum"] * velocity[n] for n in phi}
+                delta = ahead if outer["nesterov"] else velocity
                 for name in phi:
                     phi[name] += delta[name]
                 if algorithm == "random_shifting":

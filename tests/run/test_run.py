@@ -4,9 +4,10 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_cts.algorithms.table import MethodConfig
-from dist_cts.checkpoint.files import DELTAS
+from dist_cts.checkpoint.files import OUTER
 from dist_cts.config import find, load
 from dist_cts.learner import InnerConfig
 from dist_cts.run import train as training
@@ -97,10 +98,11 @@ def test_strong_augmentation_resumes_with_the_same_batches(train, config, tmp_pa
 
 def test_schedules_clipping_and_adamw_resume_bit_identically(train, config, tmp_path):
     shipped = load(TrainConfig, find("schedules"))
-    update = {"inner": shipped.inner.model_copy(update={"warmup": 2}), "algorithm": "reptile", "episodes": 2}
+    update = {"inner": shipped.inner.model_copy(update={"warmup": 2}), "outer": shipped.outer, "algorithm": "reptile"}
     config = config.model_copy(update=update)
     _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     assert train(config, K + 3)[0] == STOPPED
+    assert load_file(config.run_dir / f"checkpoints/step-{K + 3:08}/outer.safetensors")["velocity"].any()
     assert_same(train(config)[1], expected)
 
 
@@ -112,7 +114,7 @@ def test_a_delayed_run_resumes_with_its_meta_updates_in_flight(train, config, tm
     for stop in (K + 2, K + 3, 2 * K):
         assert train(config, stop)[0] == STOPPED
         (newest, *_) = sorted((config.run_dir / "checkpoints").iterdir(), reverse=True)
-        assert (newest / DELTAS).exists() == (stop != 2 * K)  # at an episode's end none is in flight
+        assert (newest / OUTER).exists() == (stop != 2 * K)  # at an episode's end none is in flight
     assert_same(train(config)[1], expected)
     assert "warning: method.delay" not in capfd.readouterr().err
     train(config.model_copy(update={"meta_lr": 5.0, "run_dir": tmp_path / "unstable", "nonfinite": "skip"}))

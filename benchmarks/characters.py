@@ -20,7 +20,7 @@ Beta of a method is the best of BETAS by the loss on two validation corpora afte
 figures are of other meta-training seeds and other corpora. bpc: bits per character on the test text, mean over seeds
 and corpora, with a 95 % interval over the meta-training seeds (random initialization: over its own seeds).
 
-  python -m benchmarks.characters
+  python benchmarks/characters.py
 """
 BETAS = {"cts": (1.0, 0.1, 0.01), "reptile": (1.0, 0.1, 0.01)}
 VALIDATION = ("tables", "drawings")

@@ -52,9 +52,8 @@ def test_a_window_is_text_followed_by_the_next_character():
 
 
 def test_the_language_model_does_not_look_ahead():
-    model, head = models.build(ModelConfig(name="characters"), len(corpora.CHARACTERS), 0)
+    model, _ = models.build(ModelConfig(name="characters"), len(corpora.CHARACTERS), 0)
     assert isinstance(model, characters.CharacterModel)
-    assert head == "fc"
     text = torch.randint(len(corpora.CHARACTERS), (2, corpora.CONTEXT))
     changed = text.clone()
     changed[:, 40] = (changed[:, 40] + 1) % len(corpora.CHARACTERS)

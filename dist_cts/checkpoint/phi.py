@@ -25,6 +25,7 @@ SEAL = "dist_cts_sha256"  # key of the checksum over the file, computed with UNS
 UNSEALED = "0" * 64  # placeholder
 Source = str | Path | Mapping[str, Tensor]  # of an initialization
 _SUFFIXES = (".safetensors", ".pt", ".pth")
+_HUB = r"hf:[\w.-]+/[\w.-]+(@[\w./-]+)?"  # a repository of the Hugging Face Hub, and a revision
 _WEIGHTS = r"\w+_Weights\.\w+"  # how torchvision names its pretrained weights
 
 
@@ -47,18 +48,22 @@ def load_phi(source: Source, model: ModelConfig | None = None) -> dict[str, Tens
     Args:
         source: a .safetensors file, a PyTorch state dict (.pt, .pth), or the name of torchvision's pretrained weights
             such as ResNet18_Weights.IMAGENET1K_V1, which are downloaded once. Their head is included;
-            load_named ignores it. Named tensors are returned as they are.
+            load_named ignores it. hf:OWNER/NAME[@REVISION] is phi.safetensors of a repository of the Hugging Face Hub.
+            Named tensors are returned as they are.
         model: whose pretrained weights `source` may also name: `pretrained` for the default ones, or a tag.
 
     Raises:
         FileNotFoundError: file not found.
         ValueError: the file is corrupt or does not hold named tensors; unknown weights.
         OSError: the weights cannot be downloaded.
+        ImportError: huggingface_hub is not installed.
     """
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)
-    if re.fullmatch(_WEIGHTS, str(source)):
+    if re.fullmatch(_HUB, str(source)):
+        path = _from_hub(str(source))
+    elif re.fullmatch(_WEIGHTS, str(source)):
         path = weights_file(str(source))
     elif model is not None and path.suffix not in _SUFFIXES and not path.exists():
         found = pretrained(model, str(source))
@@ -86,9 +91,10 @@ def load_phi(source: Source, model: ModelConfig | None = None) -> dict[str, Tens
 
 def phi_metadata(source: str | Path) -> dict[str, str]:
     """The metadata of an exported phi: algorithm, step, tasks, cumulative_inner_steps, ...; empty for other files."""
-    if Path(source).suffix != ".safetensors":
+    path = _from_hub(str(source)) if re.fullmatch(_HUB, str(source)) else Path(source)
+    if path.suffix != ".safetensors":
         return {}
-    with safetensors.safe_open(source, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     return {key: value for key, value in metadata.items() if key not in (*WRITER, SEAL)}
 
@@ -109,6 +115,8 @@ def named_starts(arguments: Iterable[str]) -> dict[str, str]:
         snapshots = sorted(path.glob("phi_*.safetensors"), key=_step) if path.is_dir() else []
         if path.is_dir() and not snapshots:
             raise ValueError(f"{path}: expected a file, or a folder of phi_STEP.safetensors (see snapshot_every)")
+        if not name and re.fullmatch(_HUB, source):
+            name = path.name.partition("@")[0]
         name = name or (source if re.fullmatch(_WEIGHTS, source) else run_dir_of(path).name)
         found = {f"{name}@{_step(file)}": str(file) for file in snapshots} or {name: source}
         if twice := starts.keys() & found.keys():
@@ -128,6 +136,20 @@ def _step(snapshot: Path) -> int:
     if not number.isdecimal():
         raise ValueError(f"{snapshot}: expected a name like phi_1000.safetensors")
     return int(number)
+
+
+def _from_hub(source: str) -> Path:
+    """phi.safetensors of a repository of the Hugging Face Hub; downloaded once."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ImportError(f"{source}: huggingface_hub is not installed; pip install 'dist_cts[hub]'") from None
+    repository, _, revision = source.removeprefix("hf:").partition("@")
+    try:
+        return Path(hf_hub_download(repository, "phi.safetensors", revision=revision or None))
+    except Exception as error:  # its own types, httpx's and OSError
+        reason = " ".join(str(error).split())[:160]
+        raise OSError(f"{source}: phi.safetensors cannot be downloaded ({reason})") from None
 
 
 def _check_seal(data: bytes) -> None:

@@ -71,6 +71,7 @@ def draw_curves(runs: list[Path], out: Path) -> None:
         axes.set_xlabel("inner steps per task")
         axes.set_ylabel(key.replace("_", " ") + (", mean over tasks" if len(runs) > 1 and key != keys[-1] else ""))
         axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
     figure.savefig(out, dpi=150)
 
@@ -78,7 +79,8 @@ def draw_curves(runs: list[Path], out: Path) -> None:
 def _mean_lines(runs: list[Path], key: str) -> Iterator[Line]:
     colours = start_colours(map(str, runs)).values() if len(runs) > 1 else ["#000000"]
     for run, colour in zip(runs, colours, strict=True):
-        yield str(run), {"color": colour}, task_means(run, key, "step")
+        unique = sum(other.name == run.name for other in runs) == 1
+        yield run.name if unique else str(run), {"color": colour}, task_means(run, key, "step")
 
 
 def _task_lines(run: Path, tasks: list[str], key: str) -> Iterator[Line]:

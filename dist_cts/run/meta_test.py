@@ -30,6 +30,7 @@ from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.losses import LossConfig, LossField, make_loss
 from dist_cts.models import ModelConfig
 from dist_cts.optimizer import make_schedule
+from dist_cts.run.card import write_card
 from dist_cts.run.exit_codes import DONE
 from dist_cts.run.report import write_report
 from dist_cts.seeds import hashed_seed
@@ -97,6 +98,8 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
         origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
         metric = make_loss(config.loss).reported
         write_report(config.out, config.model_dump(mode="json"), origins, results, metric)
+        if (config.out / "../config.yaml").is_file():  # in a run folder, by default
+            write_card(config.out.parent)
     return DONE
 
 

@@ -35,6 +35,7 @@ from dist_cts.meta_train import meta_train
 from dist_cts.progress import Progress
 from dist_cts.run import folder
 from dist_cts.run.build import build_learners, choose_assignment, initial_phi
+from dist_cts.run.card import write_card
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.console import log_rank0
 from dist_cts.run.costs import keep_costs, shared_costs
@@ -225,6 +226,7 @@ def _finish(
     with raise_on_all_ranks(), folder.writing(config.run_dir):
         if dist.get_rank() == 0:
             export(config, state, phi)
+            write_card(config.run_dir)
             if saved and not finished:
                 (config.run_dir / folder.STOPPED).touch()
     if finished:

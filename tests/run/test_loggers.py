@@ -188,8 +188,8 @@ def test_several_runs_are_means_over_their_tasks(tmp_path, drawn):
     runs = [write_run(tmp_path / "cts", 3), write_run(tmp_path / "reptile", 2, steps=(3,))]
     draw_curves(runs, tmp_path / "curves.png")
     lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
-    assert list(lines[str(runs[0])].get_ydata()) == [1.5, 1.25, pytest.approx(1 + 1 / 6)]
-    assert list(lines[str(runs[1])].get_xdata()) == [3]
+    assert list(lines["cts"].get_ydata()) == [1.5, 1.25, pytest.approx(1 + 1 / 6)]
+    assert list(lines["reptile"].get_xdata()) == [3]
     assert drawn[0].axes[0].get_ylabel() == "loss, mean over tasks"
 
 

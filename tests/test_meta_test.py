@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from torch import nn
 
+from dist_cts import models
+from dist_cts.data import beton
+from dist_cts.data.batches import DataConfig
+from dist_cts.data.plan import SamplePlan
+from dist_cts.data.tasks import open_split
 from dist_cts.learner import TaskLearner
+from dist_cts.run import meta_test as meta_test_module
 from dist_cts.run.meta_test import Job, MetaTestConfig, adapt, balanced_subset
 from dist_cts.run.report import draw_bars, interval, markdown, write_report
+from dist_cts.seeds import hashed_seed
 
 
 def test_the_interval_is_student_s():
@@ -104,3 +112,71 @@ def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_pat
     ((low, high),) = (path[:, 1] for path in axes.collections[0].get_segments())
     assert (low, high) == pytest.approx((0, 100))
     pyplot.close(figure)
+
+
+PROBED = MetaTestConfig(
+    targets=["a"], steps=30, batch_size=8, inner={"lr": 0.1}, model={"name": "tiny"}, eval_points=2, train_limit=20
+)
+
+
+def features_of(config, job, tasks):
+    """The frozen features of both splits, by hand: statistics, then the input of the head."""
+    key = hashed_seed(job.seed, "meta-test")
+    splits = [open_split("a", split, DataConfig(root=tasks), torch.device("cpu")) for split in ("train", "test")]
+    model, _ = models.build(config.model, 3, key, "a")
+    chosen = balanced_subset(splits[0].labels, 20, key)
+    batches = splits[0].batches(key, 8, indices=chosen)
+    seen = [batches.next()[0] for _ in range(3)]  # 20 images in batches of 8
+    x = seen
+    for convolution, norm in ((model.conv1, model.bn1), (model.conv2, model.bn2)):
+        x = [convolution(batch) for batch in x]
+        norm.running_mean.copy_(torch.stack([batch.mean((0, 2, 3)) for batch in x]).mean(0))
+        norm.running_var.copy_(torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in x]).mean(0))
+        x = [torch.relu(nn.functional.batch_norm(batch, None, None, norm.weight, norm.bias, True)) for batch in x]
+    model.eval(), setattr(model, "fc", nn.Identity())
+    for split, indices in zip(splits, (chosen, None), strict=True):
+        images, labels = zip(*split.test_batches(64, indices), strict=True)
+        yield model(torch.cat(images)).detach(), torch.cat(labels)
+
+
+def test_nearest_neighbors_vote(tasks):
+    config, job = PROBED.model_copy(update={"protocol": "knn", "data": DataConfig(root=tasks)}), Job("a", "r", None, 1)
+    (point,) = adapt(config, job, torch.device("cpu"))
+    (known, labels), (inputs, targets) = features_of(config, job, tasks)
+    correct = 0
+    for x, target in zip(inputs, targets, strict=True):
+        similarity = [float(x @ other / x.norm() / other.norm()) for other in known]
+        votes = [sum(math.exp(s / 0.07) for s, y in zip(similarity, labels, strict=True) if y == c) for c in range(3)]
+        correct += votes.index(max(votes)) == target  # all 20 training images are neighbors
+    assert point["accuracy"] == pytest.approx(correct / len(targets), abs=0.02)
+    assert point["accuracy"] > 0.5
+
+
+def test_a_linear_probe_trains_the_head_alone(tasks):
+    config = PROBED.model_copy(update={"protocol": "linear-probe", "data": DataConfig(root=tasks)})
+    job = Job("a", "r", None, 1)
+    curve = adapt(config, job, torch.device("cpu"))
+    assert [point["step"] for point in curve] == [15, 30]
+    (known, labels), (inputs, targets) = features_of(config, job, tasks)
+    head, key = models.build(config.model, 3, hashed_seed(1, "meta-test"), "a")[0].fc, hashed_seed(1, "meta-test")
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for step, index in enumerate(SamplePlan(key, "a", 20, 8, 0, False).chunk(0, 30).index):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.2 ** ((step >= 12) + (step >= 21) + (step >= 27))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(known[index]), labels[index]).backward()
+        optimizer.step()
+    assert curve[-1]["loss"] == pytest.approx(float(nn.functional.cross_entropy(head(inputs), targets)), abs=1e-4)
+
+
+def test_every_target_is_verified_once_and_its_splits_are_loaded_once_for_all_its_jobs(tasks, tmp_path, monkeypatch):
+    verified, loaded = [], []
+    verify, opener = beton.verify, meta_test_module.open_split
+    monkeypatch.setattr(beton, "verify", lambda path, checksum: verified.append(checksum) or verify(path, checksum))
+    monkeypatch.setattr(meta_test_module, "open_split", lambda *a, **k: loaded.append(a) or opener(*a, **k))
+    config = MetaTestConfig(
+        targets=["a", "b"], seeds=3, steps=1, eval_points=1, batch_size=8, model={"name": "tiny"}, data={"root": tasks},
+        out=tmp_path, device="cpu",
+    )  # fmt: skip
+    assert meta_test_module.meta_test(config) == 0
+    assert sum(verified) == 4
+    assert len(loaded) == 8  # two splits of two targets, before the first job and for all jobs of a target

@@ -181,13 +181,22 @@ class TaskBatches:
                 yield PlanChunk(*plan), labels
 
 
-def test_batches(source: Source, batch_size: int, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order: float32 [b, 3, P, P] and labels, int64 [b]; the last batch may be smaller."""
+def test_batches(
+    source: Source,
+    batch_size: int,
+    config: DataConfig,
+    indices: np.ndarray | None = None,  # noqa: PT028
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, in order: float32 [b, 3, P, P] and labels, int64 [b]; the last batch may be smaller.
+
+    indices: int64, only these images; None: all.
+    """
     mean, std = _mean_and_std(source.manifest, config, source.device)
-    indices = np.split(np.arange(source.manifest.count), range(batch_size, source.manifest.count, batch_size))
-    prefetcher = source.prefetch(iter(indices), batch_size)
+    indices = np.arange(source.manifest.count) if indices is None else indices
+    rows = np.split(indices, range(batch_size, len(indices), batch_size))
+    prefetcher = source.prefetch(iter(rows), batch_size)
     try:
-        for index in indices:
+        for index in rows:
             images = prefetcher.take(_move(index, source.device))
             labels = _move(source.labels[index], source.device)
             yield augment.normalise(images, mean, std), labels

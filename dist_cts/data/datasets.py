@@ -160,14 +160,15 @@ class DatasetSplit:
             self.dataset, self.name, seed, batch_size, workers=self.workers, device=self.device, **options
         )
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Every sample once, in order; the last batch may be smaller. The same bits at every call.
+    def test_batches(self, batch_size: int, indices: np.ndarray | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """Every sample, or every one of `indices`, once and in order. The same bits at every call.
 
         Raises:
             RankError: as of DatasetBatches.next.
         """
-        starts = range(0, self.count, batch_size)
-        ranges = (list(range(start, min(start + batch_size, self.count))) for start in starts)
+        samples = list(range(self.count)) if indices is None else indices.tolist()
+        starts = range(0, len(samples), batch_size)
+        ranges = (samples[start : start + batch_size] for start in starts)
         loader = Loader(
             self.dataset,
             (Row(step, index, index) for step, index in enumerate(ranges)),

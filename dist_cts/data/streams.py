@@ -123,7 +123,7 @@ class StreamSplit:
     @property
     def labels(self) -> np.ndarray:
         """Always a ValueError: ready-made batches have no samples to choose a subset from."""
-        raise ValueError(f"task {self.name}: its batches are ready-made; leave out train_limit")
+        raise ValueError(f"task {self.name}: its batches are ready-made; leave out train_limit and protocol")
 
     @property
     def example(self) -> Any:
@@ -135,7 +135,7 @@ class StreamSplit:
         """The training batches; `options` are those of StreamBatches."""
         return StreamBatches(self.stream, self.name, seed, batch_size, device=self.device, **options)
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
+    def test_batches(self, batch_size: int, indices: None = None) -> Iterator[tuple[Any, Tensor]]:
         """Every test batch once, as it is."""
         for batch in self.stream.test:
             yield move(_pair(batch, self.name), self.device)

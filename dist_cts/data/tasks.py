@@ -38,8 +38,8 @@ class Split(Protocol):
     ) -> TaskBatches | DatasetBatches | StreamBatches:
         """The endless stream of training batches of this data rank, from the samples `indices`; None: all."""
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Every sample once, in order, for evaluation."""
+    def test_batches(self, batch_size: int, indices: np.ndarray | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """Every sample, or every one of `indices`, once and in order, without augmentation."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class PreparedSplit:
     def batches(self, seed: int, batch_size: int, **options: Any) -> TaskBatches:
         return TaskBatches(self.source, seed, batch_size, self.config, **options)
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return test_batches(self.source, batch_size, self.config)
+    def test_batches(self, batch_size: int, indices: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        return test_batches(self.source, batch_size, self.config, indices)
 
 
 def open_split(name: str, split: str, config: DataConfig, device: torch.device) -> Split:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.datasets import DATASETS
-from dist_cts.data.tasks import open_split, outputs
+from dist_cts.data.tasks import Split, open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import load_named
@@ -32,6 +33,7 @@ from dist_cts.models import ModelConfig
 from dist_cts.optimizer import make_schedule
 from dist_cts.run.card import write_card
 from dist_cts.run.exit_codes import DONE
+from dist_cts.run.probes import Features, Protocol, calibrate, head_of, linear_probe, nearest_neighbors
 from dist_cts.run.report import write_report
 from dist_cts.seeds import hashed_seed
 
@@ -42,7 +44,11 @@ class MetaTestConfig(Config):
     targets: list[str] = Field(min_length=1, description="prepared tasks not used in meta-training")
     random: bool = Field(True, description="also test a random initialization")
     seeds: int = Field(5, gt=0, description="number of seeds per initialization and target")
-    steps: int = Field(1000, gt=0, description="inner steps per adaptation")
+    protocol: Protocol = Field(
+        "fine-tune",
+        description="fine-tune: body and head; linear-probe: a head on frozen features; knn: nearest neighbors of them",
+    )
+    steps: int = Field(1000, gt=0, description="inner steps per adaptation; knn takes none")
     batch_size: int = Field(128, gt=0, description="images per step")
     schedule: Literal["multi-step", "cosine", "constant"] = Field(
         "multi-step", description="multi-step: lr x schedule_factor at 40, 70 and 90 % of the steps"
@@ -65,6 +71,13 @@ class MetaTestConfig(Config):
         if self.inner.schedule != "constant" or self.inner.warmup:
             raise ValueError("inner.schedule and inner.warmup belong to meta-training's episodes; set schedule instead")
         return self
+
+
+# Keys left out of a result's identity at their defaults: results from before they existed are found.
+ADDED = (
+    *("loss", "protocol", "data.augment", "data.dataset_workers", "inner.clip", "inner.schedule", "inner.warmup"),
+    *("model.args", "model.body", "model.rest", "model.head", "model.lora"),
+)
 
 
 @dataclass(frozen=True)
@@ -129,44 +142,67 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with raise_on_all_ranks():
             loaded = {start: load_phi(phi, config.model) for start, phi in phis.items()}
+            verified = config.data.model_copy(update={"verify": False})  # once is enough
+            opened = lru_cache(maxsize=2)(partial(open_split, config=verified, device=device))  # of the current target
             for target in config.targets:
                 open_split(target, "test", config.data, device)
-                learner = open_learner(config, target, 0, device)
+                train = open_split(target, "train", config.data, device)
+                learner = open_learner(config, target, train, 0, device)
+                if config.protocol != "fine-tune":
+                    head_of(learner)
                 for start, named in loaded.items():
                     start_from(learner, named, _described(start, phis[start]))
                 learner.batches.close()
             results = []
             mine = jobs[rank::world_size]
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
-                results.append(run_once(config, job, device))
+                results.append(run_once(config, job, device, opened))
                 last = results[-1]["curve"][-1][metric.name]
                 tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {metric.show(last)}", file=sys.stderr)
         by_rank = gather(results)
     return [by_rank[index % world_size][index // world_size] for index in range(len(jobs))]
 
 
-def run_once(config: MetaTestConfig, job: Job, device: torch.device) -> dict:
+def run_once(
+    config: MetaTestConfig, job: Job, device: torch.device, opened: Callable[[str, str], Split] | None = None
+) -> dict:
     """A job's result; read from its file if the job has already run."""
     path = None if config.out is None else _result_path(config, job)
     if path is not None and path.exists():
         return json.loads(path.read_text())
-    curve = adapt(config, job, device)
+    curve = adapt(config, job, device, opened)
     result = {"target": job.target, "start": job.start, "seed": job.seed, "curve": curve}
     if path is not None:
         replace_file(path, json.dumps(result).encode())
     return result
 
 
-def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[str, float]]:
+def adapt(
+    config: MetaTestConfig, job: Job, device: torch.device, opened: Callable[[str, str], Split] | None = None
+) -> list[dict[str, float]]:
     """Adapts one initialization to one target; returns test loss and metric at `eval_points` steps.
 
     Head and running statistics are new. Head, data order and subset depend only on (seed, target), so they are the same
-    for all initializations.
+    for all initializations. `opened` opens the target's splits; jobs may share them.
     """
-    test = open_split(job.target, "test", config.data, device)
-    learner = open_learner(config, job.target, job.seed, device)
+    opened = opened or partial(open_split, config=config.data, device=device)
+    train, test = opened(job.target, "train"), opened(job.target, "test")
+    learner = open_learner(config, job.target, train, job.seed, device)
     if job.phi is not None:
         start_from(learner, load_phi(job.phi, config.model), _described(job.start, job.phi))
+    evaluated: Split | Features = test
+    if config.protocol != "fine-tune":
+        key, head = hashed_seed(job.seed, "meta-test"), head_of(learner)
+        indices = _training_images(config, train, key)
+        indices = np.arange(len(train.labels)) if indices is None else indices
+        calibrate(learner, len(indices), config.batch_size)
+        features = Features(learner, head, train.test_batches(config.batch_size, indices))
+        evaluated = Features(learner, head, test.test_batches(config.batch_size))
+        learner.batches.close()
+        if config.protocol == "knn":
+            classes = outputs(train, job.target)
+            return [{"step": 0, **nearest_neighbors(features, evaluated, classes, learner.criterion)}]
+        learner = linear_probe(learner, head, features, key, config.batch_size)
     schedule = make_schedule(learner.optimizer, config.schedule, config.steps, config.schedule_factor)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
     curve = []
@@ -174,19 +210,19 @@ def adapt(config: MetaTestConfig, job: Job, device: torch.device) -> list[dict[s
         learner.inner_step()
         schedule.step()
         if step in points:
-            curve.append({"step": step, **learner.evaluate(test.test_batches(config.batch_size))})
+            curve.append({"step": step, **learner.evaluate(evaluated.test_batches(config.batch_size))})
     learner.batches.close()
     return curve
 
 
-def open_learner(config: MetaTestConfig, target: str, seed: int, device: torch.device) -> TaskLearner:
+def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, device: torch.device) -> TaskLearner:
     """A learner of the target with random weights.
 
     Raises:
         ValueError: the model does not fit the target's data.
     """
-    train, key = open_split(target, "train", config.data, device), hashed_seed(seed, "meta-test")
-    indices = balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
+    key = hashed_seed(seed, "meta-test")
+    indices = _training_images(config, train, key)
     channels_last, classes = config.channels_last, outputs(train, target)
     batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
     model, parts = models.build(config.model, classes, key, target)
@@ -231,6 +267,11 @@ def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarr
     return np.sort(order[np.argsort(ranks[order], kind="stable")[:size]])
 
 
+def _training_images(config: MetaTestConfig, train: Split, key: int) -> np.ndarray | None:
+    """Indices of the training images of a seed; None: all."""
+    return balanced_subset(train.labels, config.train_limit, key) if config.train_limit else None
+
+
 def _identity(phi: Source | None) -> str | None:
     """A hash of a file's or of named tensors' content; otherwise the name of weights."""
     if isinstance(phi, Mapping):
@@ -251,8 +292,13 @@ def _described(start: str, phi: Source) -> str:
 def _result_path(config: MetaTestConfig, job: Job) -> Path:
     # Results are reused only for the same settings, dataset and bit-identical phi.
     settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device", "deterministic"})
-    if config.loss == LossConfig():
-        del settings["loss"]  # as before there was a choice, so that older results are found
+    defaults = MetaTestConfig(targets=["any"]).model_dump(mode="json")
+    for key in ADDED:
+        ours, theirs, (*sections, name) = settings, defaults, key.split(".")
+        for section in sections:
+            ours, theirs = ours[section], theirs[section]
+        if ours[name] == theirs[name]:
+            del ours[name]
     if job.target in DATASETS:
         splits = (open_split(job.target, split, config.data, torch.device("cpu")) for split in ("train", "test"))
         settings["content"] = [split.fingerprint for split in splits]

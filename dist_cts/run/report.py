@@ -40,7 +40,9 @@ def write_report(
     (folder / "meta_test.md").write_text(table)
     plot(summary, folder / "meta_test.png", metric)
     steps, seeds = config["steps"], config["seeds"]
-    print(f"{_title(metric)} after {steps} steps, mean ± 95 % interval over {seeds} seeds:\n\n{table}")
+    how = {"linear-probe": f"of a linear probe after {steps} steps", "knn": "of nearest neighbors"}
+    how = how.get(config.get("protocol"), f"after {steps} steps")
+    print(f"{_title(metric)} {how}, mean ± 95 % interval over {seeds} seeds:\n\n{table}")
     print(f"Results: {folder / 'meta_test.json'}, .md and .png")
 
 

@@ -192,7 +192,7 @@ def test_meta_test_reports_every_target_start_and_seed(run, config, tmp_path, ta
     code, out, err = run("meta_test.py", *arguments, ranks=2)
     assert code == 0, err
     assert re.search(r"\| initialization +\| a \| b \| average \|", out)
-    done = re.findall(r"^(\w, \w+, seed \d): [\d.]+ %$", err, re.MULTILINE)
+    done = re.findall(r"^(\w, \w+, seed \d): accuracy [\d.]+ %$", err, re.MULTILINE)
     assert len(done) == len(set(done)) == 2 * 2 * 2  # the ranks share the jobs
     result = json.loads((tmp_path / "run" / "meta_test" / "meta_test.json").read_text())
     assert set(result["summary"]) == {"random", "ours"}

@@ -119,6 +119,7 @@ PROBED = MetaTestConfig(
 )
 
 
+@torch.no_grad()
 def features_of(config, job, tasks):
     """The frozen features of both splits, by hand: statistics, then the input of the head."""
     key = hashed_seed(job.seed, "meta-test")
@@ -134,9 +135,11 @@ def features_of(config, job, tasks):
         norm.running_var.copy_(torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in x]).mean(0))
         x = [torch.relu(nn.functional.batch_norm(batch, None, None, norm.weight, norm.bias, True)) for batch in x]
     model.eval(), setattr(model, "fc", nn.Identity())
+    features = []
     for split, indices in zip(splits, (chosen, None), strict=True):
         images, labels = zip(*split.test_batches(64, indices), strict=True)
-        yield model(torch.cat(images)).detach(), torch.cat(labels)
+        features.append((model(torch.cat(images)), torch.cat(labels)))
+    return features
 
 
 def test_nearest_neighbors_vote(tasks):
@@ -147,7 +150,7 @@ def test_nearest_neighbors_vote(tasks):
     for x, target in zip(inputs, targets, strict=True):
         similarity = [float(x @ other / x.norm() / other.norm()) for other in known]
         votes = [sum(math.exp(s / 0.07) for s, y in zip(similarity, labels, strict=True) if y == c) for c in range(3)]
-        correct += votes.index(max(votes)) == target  # all 20 training images are neighbors
+        correct += int(votes.index(max(votes)) == target)  # all 20 training images are neighbors
     assert point["accuracy"] == pytest.approx(correct / len(targets), abs=0.02)
     assert point["accuracy"] > 0.5
 
@@ -165,13 +168,13 @@ def test_a_linear_probe_trains_the_head_alone(tasks):
         optimizer.zero_grad()
         nn.functional.cross_entropy(head(known[index]), labels[index]).backward()
         optimizer.step()
-    assert curve[-1]["loss"] == pytest.approx(float(nn.functional.cross_entropy(head(inputs), targets)), abs=1e-4)
+    assert curve[-1]["loss"] == pytest.approx(nn.functional.cross_entropy(head(inputs), targets).item(), abs=1e-4)
 
 
 def test_every_target_is_verified_once_and_its_splits_are_loaded_once_for_all_its_jobs(tasks, tmp_path, monkeypatch):
     verified, loaded = [], []
     verify, opener = beton.verify, meta_test_module.open_split
-    monkeypatch.setattr(beton, "verify", lambda path, checksum: verified.append(checksum) or verify(path, checksum))
+    monkeypatch.setattr(beton, "verify", lambda path, **how: verified.append(how["checksum"]) or verify(path, **how))
     monkeypatch.setattr(meta_test_module, "open_split", lambda *a, **k: loaded.append(a) or opener(*a, **k))
     config = MetaTestConfig(
         targets=["a", "b"], seeds=3, steps=1, eval_points=1, batch_size=8, model={"name": "tiny"}, data={"root": tasks},

@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from dist_cts.config import Config
 from dist_cts.data import augment, beton
+from dist_cts.data.few_shot import FewShotConfig, FewShotPlan
 from dist_cts.data.manifest import Manifest
 from dist_cts.data.plan import AugmentConfig, PlanChunk, SamplePlan, default_padding
 from dist_cts.data.source import Prefetcher, ResidentSource, Source, StreamingSource
 
+FOREVER = 1 << 62
 CHUNK_STEPS = 256  # steps whose plan is computed and copied to the device at once
 
 
@@ -73,6 +76,7 @@ class TaskBatches:
 
     Args:
         indices: int64, the samples to use; None for all.
+        few_shot: draws other samples for every episode of `inner_steps` steps, labeled 0 .. ways - 1.
 
     Raises:
         ValueError: the batch size is not divisible by the number of data ranks.
@@ -89,6 +93,8 @@ class TaskBatches:
         data_ranks: int = 1,
         channels_last: bool = False,
         indices: np.ndarray | None = None,
+        few_shot: FewShotConfig | None = None,
+        inner_steps: int = FOREVER,
     ) -> None:
         manifest = source.manifest
         if batch_size % data_ranks:
@@ -102,6 +108,10 @@ class TaskBatches:
         self.plan = SamplePlan(
             seed, manifest.name, count, batch_size, padding, config.flip, manifest.pixels, config.augment
         )
+        self.classes = manifest.classes
+        if few_shot is not None:
+            samples = replace(self.plan, count=few_shot.ways * few_shot.shots)
+            self.plan, self.classes = FewShotPlan(samples, source.labels, few_shot, inner_steps), few_shot.ways
         self._indices = indices
         self._size = batch_size // data_ranks
         self._mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
@@ -152,7 +162,7 @@ class TaskBatches:
             images, plan, padding=self.plan.padding, mean=self._mean, std=self._std, memory_format=self._memory_format
         )
         if self._mixes:
-            return augment.mix(images, labels, plan.cut, plan.share, self.source.manifest.classes)
+            return augment.mix(images, labels, plan.cut, plan.share, self.classes)
         return images, labels
 
     def _chunks(self, start: int) -> Iterator[PlanChunk]:
@@ -175,7 +185,8 @@ class TaskBatches:
     def _rows(self, chunks: Iterator[PlanChunk]) -> Iterator[tuple[PlanChunk, Tensor]]:
         """Plan [B / D] and labels [B / D] of each step, as tensors on the device; one copy per chunk."""
         for chunk in chunks:
-            arrays = (*chunk, self.source.labels[chunk.index])
+            labels = chunk.label[..., 0] if chunk.label.shape[-1] else self.source.labels[chunk.index]
+            arrays = (*chunk, labels)
             tensors = (_move(np.ascontiguousarray(array), self.source.device) for array in arrays)
             for *plan, labels in zip(*tensors, strict=True):
                 yield PlanChunk(*plan), labels

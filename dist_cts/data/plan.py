@@ -55,6 +55,7 @@ class PlanChunk(NamedTuple):
     erase: np.ndarray  # the box that is erased
     cut: np.ndarray  # the box that shows the partner in the batch
     share: np.ndarray  # float32: weight of the image in its mixture with the partner, outside the box
+    label: np.ndarray  # int64: instead of the sample's own
 
 
 def default_padding(pixels: int) -> int:
@@ -111,7 +112,7 @@ class SamplePlan:
         top, left = generator("crop").integers(2 * self.padding + 1, size=(2, self.count), dtype=np.int16)
         flip = generator("flip").integers(2, size=self.count, dtype=bool) if self.flip else np.zeros(self.count, bool)
         extra = _draw_augmentation(self.augment, self.count, self.pixels, generator)
-        return PlanChunk(order, top, left, flip, *extra)
+        return PlanChunk(order, top, left, flip, *extra, label=np.zeros((self.count, 0), np.int64))
 
 
 def _stack(arrays: tuple[np.ndarray, ...], steps: int) -> np.ndarray:

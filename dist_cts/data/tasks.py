@@ -96,6 +96,12 @@ def open_split(name: str, split: str, config: DataConfig, device: torch.device) 
     return PreparedSplit(open_task(folder, split, config, device), config)
 
 
+def check_prepared(split: Split, name: str) -> None:
+    """Raises ValueError unless few-shot tasks can be drawn from the split."""
+    if not isinstance(split, PreparedSplit):
+        raise ValueError(f"task {name}: few_shot draws from prepared tasks only; make one with `dist-cts prepare`")
+
+
 def outputs(split: Split, name: str, expected: int | None = None) -> int:
     """The outputs of the task's head: as the data say, or as `expected` by the config.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from dist_cts import models
 from dist_cts.checkpoint.phi import load_phi
 from dist_cts.data.datasets import DATASETS
-from dist_cts.data.tasks import open_split, outputs
+from dist_cts.data.tasks import check_prepared, open_split, outputs
 from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
 from dist_cts.distributed.process_group import raise_on_all_ranks
@@ -16,6 +16,7 @@ from dist_cts.learner import Batches, TaskLearner
 from dist_cts.losses import make_loss
 from dist_cts.optimizer import inner_schedule
 from dist_cts.run.config import TaskConfig, TrainConfig
+from dist_cts.seeds import hashed_seed
 
 
 def choose_assignment(config: TrainConfig, costs: Costs, world_size: int) -> Assignment:
@@ -92,17 +93,21 @@ def initial_phi(config: TrainConfig, flat: FlatParams, device: torch.device) -> 
 
 
 def _open_learner(config: TrainConfig, task: TaskConfig, placement: Placement, device: torch.device) -> TaskLearner:
-    split = open_split(task.name, "train", config.data, device)
+    split = open_split(task.pool or task.name, "train", config.data, device)
+    pool = {} if not config.few_shot.ways else {"few_shot": config.few_shot, "inner_steps": config.inner_steps}
+    if pool:
+        check_prepared(split, task.pool)
     if config.eval_every and task.name in DATASETS:
         open_split(task.name, "test", config.data, device)  # if it is missing, before the first step
     batches = split.batches(
-        config.seed,
+        hashed_seed(config.seed, task.name) if pool else config.seed,  # every few-shot task draws its own episodes
         config.batch_size_of(task),
         data_rank=placement.data_rank,
         data_ranks=placement.data_ranks,
         channels_last=config.channels_last,
+        **pool,
     )
-    classes = outputs(split, task.name, task.classes)
+    classes = config.few_shot.ways if pool else outputs(split, task.name, task.classes)
     learner = build_learner(config, device, task, classes, batches)
     if models.check_model(config.model, learner.model, split.example, classes, task.name):
         if config.step == "graph" or config.compile:

@@ -1,16 +1,18 @@
 """The configuration of a meta-training run."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
 from dist_cts.checkpoint.manager import CheckpointConfig
 from dist_cts.config import CONFIGS, Config
 from dist_cts.data.batches import DataConfig
+from dist_cts.data.few_shot import FewShotConfig
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
 from dist_cts.distributed.reducer import Reduction
 from dist_cts.learner import InnerConfig, ResetConfig
@@ -25,9 +27,16 @@ class TaskConfig(Config):
     classes: int | None = Field(None, gt=0, description="checked against the manifest")
     batch_size: int | None = Field(None, gt=0, description="this task's own batch size")
     loss: LossField | None = Field(None, description="this task's own loss")
+    pool: str | None = Field(None, description="few-shot: the prepared task that its episodes are drawn from")
 
 
 Task = Annotated[TaskConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
+
+
+class FewShotPool(FewShotConfig):
+    """Few-shot tasks of meta-training."""
+
+    tasks: int = Field(5, gt=0, description="few-shot tasks per episode and pool, the meta-batch")
 
 
 class TrainConfig(Config):
@@ -75,6 +84,7 @@ class TrainConfig(Config):
     timeout_seconds: float = Field(120, gt=0, description="collective timeout in seconds")
     max_minutes: float = Field(0, ge=0, description="save a checkpoint and exit after N minutes; 0 disables")
     loss: LossField = LossConfig()
+    few_shot: FewShotPool = FewShotPool()
     inner: InnerConfig = InnerConfig()
     outer: OuterConfig = OuterConfig()
     method: MethodConfig = MethodConfig()
@@ -82,6 +92,33 @@ class TrainConfig(Config):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_pool_gives_tasks(cls, values: Any) -> Any:
+        """With few_shot, [omniglot] becomes omniglot-1, omniglot-2, ..., each with pool omniglot."""
+        if not isinstance(values, Mapping) or not values.get("few_shot") or not isinstance(values.get("tasks"), list):
+            return values
+        few_shot, expanded = FewShotPool.model_validate(values["few_shot"]), []
+        if not few_shot.ways:
+            return values
+        for task in map(TypeAdapter(Task).validate_python, values["tasks"]):
+            if task.pool is None:
+                names = (f"{task.name}-{number}" for number in range(1, few_shot.tasks + 1))
+                expanded += [task.model_copy(update={"name": name, "pool": task.name}) for name in names]
+            else:  # of a resolved configuration
+                expanded.append(task)
+        return {**values, "tasks": expanded}
+
+    @model_validator(mode="after")
+    def _few_shot_fits(self) -> "TrainConfig":
+        if not self.few_shot.ways:
+            return self
+        if not self.reset.head:
+            raise ValueError("few_shot draws other classes for every episode: set reset.head=true")
+        if self.eval_every:
+            raise ValueError("few_shot tasks have no test split: set eval_every=0 and use the meta-test")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "TrainConfig":

@@ -82,7 +82,7 @@ def _measure(config: TrainConfig, device: torch.device) -> dict[str, float]:
                 build_learner(config, device, task, outputs(split, task.name, task.classes), batch)
             )
             continue
-        manifest = read_manifest(config.data.root / task.name / "train")
+        manifest = read_manifest(config.data.root / (task.pool or task.name) / "train")
         shape = manifest.pixels, config.batch_size_of(task)
         if shape not in measured:
             batches = random_batch(*shape, device, config.channels_last)

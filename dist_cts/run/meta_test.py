@@ -23,7 +23,9 @@ from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.datasets import DATASETS
-from dist_cts.data.tasks import Split, open_split, outputs
+from dist_cts.data.few_shot import FewShotConfig, FewShotSplit, draw_queries
+from dist_cts.data.subset import balanced_subset
+from dist_cts.data.tasks import Split, check_prepared, open_split, outputs
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import load_named
@@ -36,6 +38,12 @@ from dist_cts.run.exit_codes import DONE
 from dist_cts.run.probes import Features, Protocol, calibrate, head_of, linear_probe, nearest_neighbors
 from dist_cts.run.report import write_report
 from dist_cts.seeds import hashed_seed
+
+
+class FewShotTest(FewShotConfig):
+    """Few-shot tasks of a target: training images of its train split, queries of the same classes of its test split."""
+
+    queries: int = Field(15, gt=0, description="test images per class, at most")
 
 
 class MetaTestConfig(Config):
@@ -62,9 +70,16 @@ class MetaTestConfig(Config):
     channels_last: bool = Field(False, description="memory format of images and weights")
     out: Path | None = Field(None, description="output folder; default: meta_test beside the first phi")
     loss: LossField = LossConfig()
+    few_shot: FewShotTest = FewShotTest()
     inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+
+    @model_validator(mode="after")
+    def _one_subset(self) -> "MetaTestConfig":
+        if self.few_shot.ways and self.train_limit:
+            raise ValueError("few_shot draws its own training images: leave out train_limit")
+        return self
 
     @model_validator(mode="after")
     def _one_schedule(self) -> "MetaTestConfig":
@@ -75,7 +90,16 @@ class MetaTestConfig(Config):
 
 # Keys left out of a result's identity at their defaults: results from before they existed are found.
 ADDED = (
-    *("loss", "protocol", "data.augment", "data.dataset_workers", "inner.clip", "inner.schedule", "inner.warmup"),
+    *(
+        "few_shot",
+        "loss",
+        "protocol",
+        "data.augment",
+        "data.dataset_workers",
+        "inner.clip",
+        "inner.schedule",
+        "inner.warmup",
+    ),
     *("model.args", "model.body", "model.rest", "model.head", "model.lora"),
 )
 
@@ -147,6 +171,8 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
             for target in config.targets:
                 open_split(target, "test", config.data, device)
                 train = open_split(target, "train", config.data, device)
+                if config.few_shot.ways:
+                    check_prepared(train, target)
                 learner = open_learner(config, target, train, 0, device)
                 if config.protocol != "fine-tune":
                     head_of(learner)
@@ -158,7 +184,8 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
                 results.append(run_once(config, job, device, opened))
                 last = results[-1]["curve"][-1][metric.name]
-                tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {metric.show(last)}", file=sys.stderr)
+                if not config.few_shot.ways:  # else hundreds of lines
+                    tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {metric.show(last)}", file=sys.stderr)
         by_rank = gather(results)
     return [by_rank[index % world_size][index // world_size] for index in range(len(jobs))]
 
@@ -190,7 +217,12 @@ def adapt(
     learner = open_learner(config, job.target, train, job.seed, device)
     if job.phi is not None:
         start_from(learner, load_phi(job.phi, config.model), _described(job.start, job.phi))
-    evaluated: Split | Features = test
+    if config.few_shot.ways:
+        key = hashed_seed(job.seed, "meta-test")
+        chosen, images = learner.batches.plan.task_at(0)
+        queries = draw_queries(test.labels, chosen, config.few_shot.queries, key)
+        train, test = FewShotSplit(train, chosen, images), FewShotSplit(test, chosen, queries)
+    evaluated: Split | Features | FewShotSplit = test
     if config.protocol != "fine-tune":
         key, head = hashed_seed(job.seed, "meta-test"), head_of(learner)
         indices = _training_images(config, train, key)
@@ -222,9 +254,13 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
         ValueError: the model does not fit the target's data.
     """
     key = hashed_seed(seed, "meta-test")
-    indices = _training_images(config, train, key)
-    channels_last, classes = config.channels_last, outputs(train, target)
-    batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
+    channels_last, few_shot = config.channels_last, config.few_shot
+    if few_shot.ways:
+        classes = few_shot.ways
+        batches = train.batches(key, config.batch_size, channels_last=channels_last, few_shot=few_shot)
+    else:
+        classes, indices = outputs(train, target), _training_images(config, train, key)
+        batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
     model, parts = models.build(config.model, classes, key, target)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
@@ -248,23 +284,6 @@ def start_from(learner: TaskLearner, named: Mapping[str, Tensor], source: str) -
     phi, rest = learner.flat.split_start(start)
     learner.theta.copy_(phi)
     learner.flat.start_rest(rest)
-
-
-def balanced_subset(labels: np.ndarray, size: int, *seed: int | str) -> np.ndarray:
-    """`size` sorted indices into labels [N], class-balanced, drawn from the seed; a plain subset if there is one class.
-
-    Raises:
-        ValueError: fewer than `size` images.
-    """
-    if size > len(labels):
-        raise ValueError(f"train_limit={size}: the target has only {len(labels)} training images")
-    order = np.random.default_rng(hashed_seed(*seed, "subset")).permutation(len(labels))
-    ranks = np.empty(len(labels), dtype=np.int64)  # position of an image within its class, in the drawn order
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        ranks[members] = np.arange(len(members))
-    # Takes the first image of every class, then the second, ...; the drawn order breaks ties.
-    return np.sort(order[np.argsort(ranks[order], kind="stable")[:size]])
 
 
 def _training_images(config: MetaTestConfig, train: Split, key: int) -> np.ndarray | None:

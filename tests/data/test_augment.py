@@ -20,7 +20,9 @@ def case(pixels, padding, batch=40):
 
 def chunk(top, left, flip, **extra):
     """One step of a plan with nothing but a padded crop and a flip, and `extra`."""
-    off = dict.fromkeys(("crop", "jitter", "erase", "cut", "share"), torch.zeros(len(flip), 0, dtype=torch.int16))
+    off = dict.fromkeys(
+        ("crop", "jitter", "erase", "cut", "share", "label"), torch.zeros(len(flip), 0, dtype=torch.int16)
+    )
     return PlanChunk(None, top, left, flip, **off | extra)
 
 

@@ -121,6 +121,15 @@ def test_a_delayed_run_resumes_with_its_meta_updates_in_flight(train, config, tm
     assert "warning: method.delay=2 is long for meta_lr=5 and inner.momentum=0.9: " in capfd.readouterr().err
 
 
+def test_few_shot_tasks_resume_in_the_middle_of_an_episode(train, config, tmp_path):
+    values = config.model_dump() | {"tasks": ["a"], "few_shot": {"ways": 2, "shots": 3, "tasks": 2}, "eval_every": 0}
+    config = TrainConfig.model_validate(values | {"reset": {"head": True}})
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
+    assert train(config, K + 2)[0] == STOPPED
+    assert_same(train(config)[1], expected)
+    assert not torch.equal(expected["a-1.labels"], expected["a-2.labels"])
+
+
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):
     _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     evaluate = Hooks.evaluate

@@ -97,5 +97,5 @@ def _model(model: Model, head: str | None) -> Any:
     if not callable(model):
         return {"name": model} if isinstance(model, str) else model
     name = getattr(model, "__name__", type(model).__name__)
-    MODELS[name] = Architecture(lambda classes: model(classes), head)
+    MODELS[name] = Architecture(model, head)
     return {"name": name}

@@ -123,7 +123,7 @@ def test_a_call_with_a_folder_resumes_bit_identically(tmp_path):
 def test_tasks_of_three_kinds_have_losses_of_their_own(tmp_path, monkeypatch):
     for name, function, classes in (("regress", draw, 1), ("several", draw_pair, 2), ("classify", draw_class, 2)):
         monkeypatch.setitem(DATASETS, name, Stream(function, test=fixed(function), classes=classes))
-    monkeypatch.setitem(MODELS, "net", Architecture(lambda classes, width: Net(classes), "fc"))
+    monkeypatch.setitem(MODELS, "net", Architecture(Net, "fc"))
     tasks = [{"name": "regress", "loss": "mse"}, {"name": "several", "loss": {"name": "bce"}}, "classify"]
     loss = {"name": "cross_entropy", "label_smoothing": 0.1}
     config = TrainConfig(

@@ -264,7 +264,10 @@ class TaskLearner:
             self.flat.grad.mul_((self.inner.clip / (self.flat.grad.norm() + 1e-6)).clamp(max=1))
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.inner.lr * self.schedule(self.step)
+        kept = self.theta.clone() if self.inner.freeze_body else None
         self.optimizer.step()
+        if kept is not None:
+            self.theta.copy_(kept)
         self.step += 1
         return metric
 

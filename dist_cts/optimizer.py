@@ -18,6 +18,7 @@ class InnerConfig(Config):
     lr: float = Field(0.01, gt=0, description="alpha, inner learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and nesterov; beta_1 of adam and adamw")
     weight_decay: float = Field(5e-4, ge=0, description="L2 decay of body and head; adamw: decoupled decay")
+    freeze_body: bool = Field(False, description="inner steps train the head alone (ANIL); for fomaml's meta-gradients")
     clip: float = Field(0, ge=0, description="largest norm of a task's gradient, body and head together; 0: no limit")
     schedule: Decay = Field("constant", description=f"lr over the K steps of an episode: {DECAY_HELP}")
     warmup: int = Field(0, ge=0, description="the first steps of each episode, during which lr rises linearly")

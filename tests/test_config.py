@@ -126,6 +126,7 @@ def test_a_base_file_is_extended(write):
             ["outer.momentum=0.9"],
             r"algorithm=mtl is joint training.* leave section outer out",
         ),
+        ("tasks: [a]", ["inner.freeze_body=true"], r"inner.freeze_body with algorithm=cts: the difference .* stays 0"),
         ("tasks: [a]", ["outer.nesterov=true"], r"outer.nesterov=true needs outer.momentum above 0"),
         ("tasks: [a]\ninner_steps: 5", ["inner.warmup=5"], r"inner.warmup=5 must be below inner_steps=5"),
         ("tasks: [a]\nstep: graph", ["inner.schedule=cosine"], r"step=graph records the learning rate"),

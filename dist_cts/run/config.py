@@ -143,6 +143,16 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_frozen_body_has_a_gradient(self) -> "TrainConfig":
+        gradient = self.algorithm in ("fomaml", "fomaml++") or self.method.meta_gradient == "fomaml"
+        if self.inner.freeze_body and not gradient:
+            raise ValueError(
+                f"inner.freeze_body with algorithm={self.algorithm}: the difference phi - theta stays 0; use fomaml, "
+                "fomaml++ or method.meta_gradient=fomaml"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_inner_schedule_fits(self) -> "TrainConfig":
         inner = self.inner
         if inner.warmup >= self.inner_steps:

@@ -37,7 +37,7 @@ def lr_at(inner, k, K):
     return inner["lr"] * share[inner.get("schedule", "constant")]
 
 
-def sgd_step(model, optimizer, batch, head, lr, clip=0, pull=lambda name, p: 0):
+def sgd_step(model, optimizer, batch, head, lr, clip=0, freeze=False, pull=lambda name, p: 0):
     """One inner step; returns the point before it: theta, its loss and its gradient."""
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
@@ -54,6 +54,8 @@ def sgd_step(model, optimizer, batch, head, lr, clip=0, pull=lambda name, p: 0):
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
+    for name, p in body.items() if freeze else ():
+        p.data.copy_(point[0][name])
     return point
 
 
@@ -109,7 +111,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
     body = [body_of(model, head) for model in models]
-    clip = inner.get("clip", 0)
+    clip, freeze = inner.get("clip", 0), inner.get("freeze_body", False)
     outer = {"momentum": 0, "nesterov": False, "schedule": "constant"} | options.get("outer", {})
     velocity = {n: torch.zeros_like(p) for n, p in phi.items()}
     once = algorithm in ("reptile", "fomaml", "fomaml++", "imaml", "leap")
@@ -132,7 +134,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
         for k in range(1, K + 1):
             for task, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
                 paths[task].append(
-                    sgd_step(model, optimizer, batches(task, step), head, lr_at(inner, k - 1, K), clip, pull)
+                    sgd_step(model, optimizer, batches(task, step), head, lr_at(inner, k - 1, K), clip, freeze, pull)
                 )
             step += 1
             if k % every == 0:
@@ -176,5 +178,5 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                     if algorithm == "accurate" and k < K:
                         for i in range(k):
                             batch, lr = batches(task, step - k + i), lr_at(inner, i, K)
-                            sgd_step(models[task], optimizers[task], batch, head, lr, clip)
+                            sgd_step(models[task], optimizers[task], batch, head, lr, clip, freeze)
     return phi

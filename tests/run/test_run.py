@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from dist_cts.algorithms.table import MethodConfig
 from dist_cts.checkpoint.files import OUTER
 from dist_cts.config import find, load
-from dist_cts.learner import InnerConfig
+from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import DONE, STOPPED
@@ -128,6 +128,28 @@ def test_few_shot_tasks_resume_in_the_middle_of_an_episode(train, config, tmp_pa
     assert train(config, K + 2)[0] == STOPPED
     assert_same(train(config)[1], expected)
     assert not torch.equal(expected["a-1.labels"], expected["a-2.labels"])
+
+
+@pytest.mark.parametrize(("name", "still"), [("anil", "body"), ("boil", "head")])
+def test_anil_and_boil_are_configurations(train, config, name, still):
+    shipped = load(TrainConfig, find(name))
+    model = config.model.model_copy(update={"head": shipped.model.head})
+    update = {"algorithm": shipped.algorithm, "inner": shipped.inner, "model": model, "episodes": 1, "eval_every": 0}
+    seen, steps = {}, []
+
+    def observed(self, batch, *rest):
+        seen.setdefault(self.name, {n: p.detach().clone() for n, p in self.model.named_parameters()})
+        found = step_on(self, batch, *rest)
+        moved = {n for n, p in self.model.named_parameters() if not torch.equal(p, seen[self.name][n])}
+        steps.append({"head" if n.startswith("fc.") else "body" for n in moved})
+        return found
+
+    step_on = TaskLearner.step_on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskLearner, "step_on", observed)
+        _, tensors = train(config.model_copy(update=update))
+    assert all(moved == {"head", "body"} - {still} for moved in steps)
+    assert tensors["phi"].any()
 
 
 def test_a_signal_during_the_test_of_theta_stops_the_run_and_changes_nothing(train, config, tmp_path, monkeypatch):

@@ -4,45 +4,44 @@ import json
 import os
 import statistics
 import time
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import torch
 from scipy import stats
 
 from benchmarks import report
+from benchmarks.delay_variants import Variant, meta_train_variants
 from benchmarks.paper.figures import square_grid
 from benchmarks.paper.synthetic_grid import grid_quality, meta_train_grid
+from dist_cts.checkpoint.phi import export_phi
 from dist_cts.commands.demo import FILES, draw_missing
 from dist_cts.config import CONFIGS, load
-from dist_cts.distributed.reducer import MetaReducer
-from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
 from dist_cts.run.config import TrainConfig
-from dist_cts.run.exit_codes import DONE
 from dist_cts.run.meta_test import MetaTestConfig, meta_test
-from dist_cts.run.train import train
 from dist_cts.synthetic import ENVIRONMENTS
 
 EPILOG = """\
 synthetic  the tasks of section 4.1 from 21 x 21 initializations (K = 100, M = 3): the mean loss of the end points
 demo       the tasks of configs/demo.yaml, drawn if missing
 real       the tasks of configs/long_horizon.yaml (benchmarks/paper/long_horizon.md prepares them)
-Every run is one process with a thread, and a JSON file; an interrupted call resumes. `crossing`: meta-updates in flight
-at the end of an episode are applied in the next one, instead of before it.
+All delays and betas of a seed train side by side on the same batches: a small convolutional network (`tiny`).
+A JSON file per seed; an interrupted call resumes. `crossing`: meta-updates in flight at the end of an episode
+are applied in the next one, instead of before it.
 
   python benchmarks/delay_quality.py --work /tmp/delay --real-data data/long_horizon
 """
 DELAYS, BETAS, SEEDS = (0, 1, 2, 4, 8, 16), (0.03, 0.1), (0, 1, 2)
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # of section 4.1
-SMALL = ("model={name: resnet8, width: 0.25}", "batch_size=8", "data.padding=2", "device=cpu")
+SMALL = ("model.name=tiny", "model.width=1", "batch_size=16", "data.padding=2", "device=cpu")
 GRID_BETAS, GRID_DELAYS = (0.01, 0.03, 0.1, 0.2, 0.3), (0, 1, 2, 4, 8, 16, 32, 64)  # synthetic
 SETS = {"demo": "demo", "real": "long_horizon"}  # configurations
 SIZES = {  # overrides of meta-training and meta-test: what there is time for
-    "demo": (("episodes=3", "inner_steps=60"), ("steps=60", "seeds=1")),
-    "real": (("episodes=2", "inner_steps=100"), ("steps=60", "seeds=1", "train_limit=400")),
+    "demo": (("episodes=5", "inner_steps=60"), ("steps=100", "seeds=1", "inner.lr=0.05")),
+    "real": (("episodes=4", "inner_steps=100"), ("steps=100", "seeds=1", "train_limit=400", "inner.lr=0.05")),
 }
+VARIANTS = [Variant(beta, delay) for beta in BETAS for delay in DELAYS]
+VARIANTS += [Variant(0.1, delay, crossing=True) for delay in (2, 4, 8)]
 HARMLESS = 1.1  # times the loss at d = 0
 FAILED = 1e3  # a loss above it counts as divergence
 
@@ -66,41 +65,27 @@ def synthetic_grid(delays: tuple[int, ...]) -> dict[str, dict[str, float]]:
     }
 
 
-def crossed(steps: int):
-    """A block in which deltas in flight cross the end of every episode but the last."""
-    finished = MetaReducer.finished
-    return mock.patch.object(
-        MetaReducer, "finished", lambda self, step, flush=False: finished(self, step, flush and step == steps)
-    )
-
-
-def one_run(
-    name: str, beta: float, delay: int, seed: int, crossing: bool, size: tuple, data: Path, work: Path
-) -> dict[str, object]:
-    """Meta-trains and meta-tests; the mean training loss of the last episode and the accuracy on every target."""
+def one_seed(name: str, seed: int, size: tuple, data: Path, work: Path) -> dict[str, dict]:
+    """The mean training loss of the last episode and the accuracy on every target, of every variant."""
     file, (training, testing) = SETS[name], size
-    folder = work / key(name, beta, delay, seed, crossing)
-    values = [*SMALL, *training, f"data.root={data}", f"meta_lr={beta}", f"method.delay={delay}", f"seed={seed}"]
-    values += [f"run_dir={folder}", "log_every=20", "check_every=100000", "checkpoint.every_steps=0"]
-    config = load(TrainConfig, CONFIGS / f"{file}.yaml", values)
-    steps, started = config.episodes * config.inner_steps, time.process_time()
-    try:
-        with crossed(steps) if crossing else nullcontext():
-            if train(config, fresh=folder.exists()) != DONE:
-                raise SystemExit(f"stopped in {folder.name}; run the same command to resume")
-    except RunError as error:
-        return {"diverged": str(error), "cpu_seconds": time.process_time() - started}
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss"] for r in records if "loss" in r and r["step"] > steps - config.inner_steps and "test" not in r]
-    values = [*SMALL, *testing, f"data.root={data}", f"out={folder / 'meta_test'}", "eval_points=1", "random=false"]
+    values = [*SMALL, *training, f"data.root={data}", f"seed={seed}", "run_dir=unused"]
+    phis, losses = meta_train_variants(load(TrainConfig, CONFIGS / f"{file}.yaml", values), VARIANTS)
+    out = work / f"{name}-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    results, starts = {}, {}
+    for variant, phi, loss in zip(VARIANTS, phis, losses.tolist(), strict=True):
+        this = key(name, variant.beta, variant.delay, seed, variant.crossing)
+        results[this] = {"loss": loss} if loss < FAILED else {"diverged": True}
+        if all(tensor.isfinite().all() for tensor in phi.values()):
+            starts[this] = str(out / f"{this}.safetensors")
+            export_phi(Path(starts[this]), phi, {})
+    values = [*SMALL, *testing, f"data.root={data}", f"out={out}", "eval_points=1", "random=false"]
     tested = load(MetaTestConfig, CONFIGS / f"{file}_meta_test.yaml", values)
-    meta_test(tested, {"cts": str(folder / "phi.safetensors")})
-    jobs = [json.loads(path.read_text()) for path in sorted((folder / "meta_test" / "jobs").glob("*.json"))]
-    accuracy = {
-        target: statistics.mean(job["curve"][-1]["accuracy"] for job in jobs if job["target"] == target)
-        for target in tested.targets
-    }
-    return {"loss": statistics.mean(losses), "accuracy": accuracy, "cpu_seconds": time.process_time() - started}
+    meta_test(tested, starts)
+    for path in (out / "jobs").glob("*.json"):
+        job = json.loads(path.read_text())
+        results[job["start"]].setdefault("accuracy", {})[job["target"]] = job["curve"][-1]["accuracy"]
+    return results
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -198,10 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="start no run; report those that have finished")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    names = [name for name in SETS if name != "real" or args.real_data]
-    plan = [(n, b, d, s, False) for s in SEEDS for d in DELAYS for b in BETAS for n in names]
-    plan += [(n, 0.1, d, s, True) for s in SEEDS for d in (4, 8) for n in names]
-    sizes = {"demo": (("episodes=1", "inner_steps=20"), ("steps=2", "seeds=1"))} if args.quick else SIZES
+    sizes = {"demo": (("episodes=1", "inner_steps=10"), ("steps=2", "seeds=1"))} if args.quick else SIZES
     for file, model in zip(FILES, (TrainConfig, MetaTestConfig), strict=True):
         config = load(model, file)
         draw_missing(file, args.demo_data, config.task_names if model is TrainConfig else config.targets)
@@ -209,18 +191,18 @@ def main(arguments: list[str] | None = None) -> None:
     surface = args.work / "synthetic.json"
     grid = json.loads(surface.read_text()) if surface.exists() else synthetic_grid((0,) if args.quick else GRID_DELAYS)
     surface.write_text(json.dumps(grid, indent=1))
-    results = {}
-    for name, beta, delay, seed, crossing in plan[:1] if args.quick else plan:
-        path = args.work / f"{key(name, beta, delay, seed, crossing)}.json"
-        if not path.exists():
-            if args.report:
-                continue
+    results: dict[str, dict] = {}
+    for seed, name in [(seed, name) for seed in SEEDS for name in sizes if name != "real" or args.real_data]:
+        path = args.work / f"{name}-{seed}.json"
+        if not path.exists() and not args.report:
             data = args.real_data if name == "real" else args.demo_data
-            record = one_run(name, beta, delay, seed, crossing, sizes[name], data, args.work / "runs")
+            record = one_seed(name, seed, sizes[name], data, args.work)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(record))
             os.replace(temporary, path)
-        results[path.stem] = json.loads(path.read_text())
+        results |= json.loads(path.read_text()) if path.exists() else {}
+        if args.quick:
+            break
     rows = summary(results)
     shown = [
         {k: (f"{v['mean']:.3f} ± {v['half']:.3f}" if isinstance(v, dict) else v) for k, v in row.items()}

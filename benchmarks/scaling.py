@@ -125,10 +125,11 @@ def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[
 def delayed_step(compute: float, all_reduce: float, wire: float, delay: int) -> float:
     """MODEL of the seconds of a step whose all-reduce is waited for `delay` steps later.
 
-    The message of step k has to arrive before step k + d + 1: d steps take at least as long as an all-reduce, and a
-    step at least as long as its message occupies the wire.
+    The message of step k leaves after its computation and has to arrive before the computation of step k + d + 1
+    starts, so that d + 1 steps take at least an all-reduce and a computation. A step takes at least as long as its
+    message occupies the wire.
     """
-    return max(compute, all_reduce / delay, wire) if delay else compute + all_reduce
+    return max(compute, (all_reduce + compute) / (delay + 1), wire)
 
 
 def far_rows(name: str, numel: int, compute_ms: float = 100, mbit: float = 10_000) -> Iterator[dict[str, object]]:

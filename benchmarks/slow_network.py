@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import learners, namespaces, report, scaling
 from dist_cts.distributed.malloc import keep_freed_memory
+from dist_cts.learner import TaskLearner
 from dist_cts.run.exit_codes import exit_process
 
 EPILOG = """\
@@ -28,9 +29,11 @@ One rank per host, one thread per rank, all with the same model, images and batc
 Every condition is calibrated by a ping and a transfer over TCP. The methods take turns; a step is the mean over a block
 of steps that begins once as many are in flight as will be, on the slowest rank. `hiccup`: rank 1 sleeps for 50 ms at
 every tenth step; `in turn`: each rank does, at different steps.
-The hosts' cores, and the CPU that carries their packets, are this machine's: more hosts than cores share them.
+The hosts' cores, and the CPU that carries their packets, are this machine's: more hosts than cores share them. With
+--sleep-ms, a rank sleeps instead of computing loss and gradient, as a host does whose GPU computes; ddp is left out.
 
   python benchmarks/slow_network.py --hosts 2 --model resnet20 --batch-size 32
+  python benchmarks/slow_network.py --hosts 4 --model resnet18 --batch-size 1 --pixels 8 --sleep-ms 200
 """
 DELAYS = (0, 1, 2, 4, 8)
 PORT = 5001
@@ -41,20 +44,27 @@ SLEEP, EVERY = 0.05, 10  # a straggler's seconds, and steps
 class Rank:
     """One rank's competitors; the coordinator says over stdin what to do."""
 
-    def __init__(self, model: str, batch_size: int, pixels: int) -> None:
+    def __init__(self, model: str, batch_size: int, pixels: int, sleep_ms: float) -> None:
         noise, world_size = learners.Noise(torch.device("cpu"), pixels=pixels), dist.get_world_size()
+
+        def learner() -> TaskLearner:
+            made = learners.make_learner(noise, model, batch_size)
+            if sleep_ms:
+                made.compute_gradient = lambda batch: (time.sleep(sleep_ms / 1e3), made.loss, made.loss)[1:]
+            return made
+
         self.steps: dict[str, Callable[[], object]] = {}
         self.ahead: dict[str, int] = {}
         for delay in DELAYS:
-            cts = learners.MetaTraining([learners.make_learner(noise, model, batch_size)], world_size, delay=delay)
+            cts = learners.MetaTraining([learner()], world_size, delay=delay)
             self.steps[f"cts {delay}"], self.ahead[f"cts {delay}"] = cts.step, delay
             self.reducer = cts.reducer
-        own = [learners.make_learner(noise, model, batch_size)]
-        self.steps["reptile"] = learners.MetaTraining(own, world_size, algorithm="reptile").step
-        ddp = learners.PlainTask(noise, model, batch_size)
-        ddp.model = DistributedDataParallel(ddp.model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        self.steps["ddp"] = ddp.step
-        self.steps["sgd"] = learners.PlainTask(noise, model, batch_size).step
+        self.steps["reptile"] = learners.MetaTraining([learner()], world_size, algorithm="reptile").step
+        if not sleep_ms:
+            ddp = learners.PlainTask(noise, model, batch_size)
+            ddp.model = DistributedDataParallel(ddp.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.steps["ddp"] = ddp.step
+        self.steps["sgd"] = learner().inner_step if sleep_ms else learners.PlainTask(noise, model, batch_size).step
         self.taken = 0
         self.zeros = torch.zeros(self.reducer.message_numel)
 
@@ -62,7 +72,7 @@ class Rank:
         """Seconds per step over a block, on the slowest rank, and CPU seconds, the mean over the ranks."""
         step = self.steps[name]
         dist.barrier()
-        for _ in range(self.ahead.get(name, 0) + 2):
+        for _ in range(4 * self.ahead.get(name, 0) + 2):  # until as many are in flight as will be
             step()
         started, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
@@ -126,7 +136,7 @@ def serve(settings: dict) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = Rank(settings["model"], settings["batch_size"], settings["pixels"])
+    rank = Rank(*(settings[name] for name in ("model", "batch_size", "pixels", "sleep_ms")))
     print(json.dumps({"message_bytes": 4 * rank.zeros.numel()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -248,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pixels", type=int, default=32)
+    parser.add_argument("--sleep-ms", type=float, default=0, help="sleep so long instead of computing, as with a GPU")
     parser.add_argument("--delays-ms", type=float, nargs="+", default=[0, 1, 5, 20, 50], help="one way")
     parser.add_argument("--mbit", type=int, nargs="+", default=[0, 1000, 100], help="rates; 0: no limit")
     parser.add_argument("--steps", type=int, default=10, help="of a block (default %(default)s)")
@@ -264,8 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         args.model, args.batch_size, args.pixels, args.steps, args.rounds = "tiny", 4, 8, 2, 1
         args.delays_ms, args.mbit, args.stragglers = [0, 5], [0, 100], True
-    methods = args.methods or [*(f"cts {delay}" for delay in DELAYS), "reptile", "ddp", "sgd"]
-    settings = {name: getattr(args, name) for name in ("hosts", "model", "batch_size", "pixels", "steps", "rounds")}
+    methods = args.methods or [
+        *(f"cts {delay}" for delay in DELAYS),
+        "reptile",
+        *([] if args.sleep_ms else ["ddp"]),
+        "sgd",
+    ]
+    settings = {
+        name: getattr(args, name) for name in ("hosts", "model", "batch_size", "pixels", "sleep_ms", "steps", "rounds")
+    }
     namespaces.QUEUE_SECONDS = 2.0  # several messages in flight wait for their turn; none is dropped
     with ExitStack() as stack:
         try:
@@ -285,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
                     args.keep.write_text(json.dumps(kept))
         conditions = [kept[name] for name in wanted]
         late = stragglers(hosts, args) if args.stragglers else []
-    rows = table_rows(conditions, hosts.message_bytes, args.hosts)
+    rows = table_rows(conditions, hosts.message_bytes, args.hosts, args.sleep_ms > 0)
     for row in late:
         shown = {
             key: report.shown(report.spread([1e3 * v for v in value])) for key, value in row.items() if key != "step"
@@ -293,18 +311,19 @@ def main(arguments: list[str] | None = None) -> None:
         print(report.table([{"stragglers, ms": row["step"], **shown}]))
     settings |= {"message_bytes": hosts.message_bytes}
     results = {"settings": settings, "conditions": conditions, "stragglers": late}
-    name = f"slow-network-{args.model}-{args.hosts}"
+    name = f"slow-network-{args.model}-{args.hosts}{'-asleep' if args.sleep_ms else ''}"
     report.publish(name, results, rows, args, world_size=args.hosts)
     if args.out or not args.quick:
-        title = f"{args.model}, batch {args.batch_size}, {args.hosts} hosts"
+        computing = f"{args.sleep_ms:g} ms asleep" if args.sleep_ms else f"batch {args.batch_size}"
+        title = f"{args.model}, {computing}, {args.hosts} hosts"
         plot(conditions, title, (args.out or report.RESULTS) / f"{time.strftime('%F')}-{name}.png")
 
 
-def table_rows(conditions: list[dict], message_bytes: int, hosts: int) -> list[dict[str, object]]:
+def table_rows(conditions: list[dict], message_bytes: int, hosts: int, asleep: bool) -> list[dict[str, object]]:
     """A row per condition and method: ms per step, its ratio to sgd, and what the model of scaling.py says.
 
-    The model's computation is `cts 0` without its all-reduce in the first condition. The CPU time of an all-reduce
-    there is not hidden by a delay: gloo's threads share the core.
+    The model's computation is `cts 0` without its all-reduce in the first condition. Unless the ranks are `asleep`, a
+    delay does not hide the all-reduce's CPU time, what it takes in the first condition: gloo's threads share the core.
     """
     rows, first = [], conditions[0]
     alone = statistics.median(first["seconds"]["cts 0"]) - first["all_reduce"]
@@ -319,7 +338,7 @@ def table_rows(conditions: list[dict], message_bytes: int, hosts: int) -> list[d
             row["model, ms"] = row["model / measured"] = "-"
             kind, _, delay = name.partition(" ")
             if kind == "cts":
-                compute = alone + first["all_reduce"] * (delay != "0")
+                compute = alone + first["all_reduce"] * (delay != "0" and not asleep)
                 model = scaling.delayed_step(compute, condition["all_reduce"], wire, int(delay))
                 row["model, ms"], row["model / measured"] = 1e3 * model, model / statistics.median(seconds)
             rows.append(row)

@@ -1,11 +1,11 @@
-"""The delay's model and tables; the quick forms on real namespaces and runs."""
+"""The delay's model, its table, and the quick form on real namespaces."""
 
 import json
 import os
 
 import pytest
 
-from benchmarks import delay_quality, slow_network
+from benchmarks import slow_network
 from benchmarks.scaling import delayed_step, far_rows
 
 
@@ -36,24 +36,6 @@ def test_the_table_compares_the_model_with_what_was_measured():
     assert rows[20, "sgd"]["model, ms"] == "-"
 
 
-def test_seeds_are_paired_with_the_undelayed_run():
-    results = {
-        delay_quality.key("demo", 0.1, delay, seed): {"loss": 2 + seed + 0.1 * delay, "accuracy": {"a": 0.5, "b": 0.7}}
-        for delay in (0, 2)
-        for seed in (0, 1, 2)
-    }
-    results[delay_quality.key("demo", 0.1, 16, 0)] = {"diverged": "step 3"}
-    rows = {row["d"]: row for row in delay_quality.summary(results)}
-    assert rows[2]["loss - at d = 0"] == {"mean": pytest.approx(0.2), "half": pytest.approx(0, abs=1e-9), "runs": 3}
-    assert rows[2]["accuracy"]["mean"] == pytest.approx(60)
-    assert (rows[16]["diverged"], rows[16]["loss"]) == (1, None)
-
-
-def test_a_long_delay_diverges_on_the_synthetic_tasks():
-    short, long = (delay_quality.synthetic(0.1, delay, False) for delay in (1, 16))
-    assert short["loss"] < 1 < 3 < long["loss"]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 def test_the_quick_form_on_namespaces(tmp_path, capfd):
@@ -65,13 +47,3 @@ def test_the_quick_form_on_namespaces(tmp_path, capfd):
     assert [condition["delay_ms"] for condition in results["conditions"]] == [0, 5, 0, 5]
     assert results["conditions"][1]["calibration"]["round_trip_ms"] >= 10
     assert {row["step"] for row in results["stragglers"]} >= {"cts 0", "cts 4", "sgd"}
-
-
-@pytest.mark.slow
-def test_the_quick_form_of_the_quality(tmp_path):
-    work = ["--work", str(tmp_path / "work"), "--demo-data", str(tmp_path / "data")]
-    delay_quality.main(["--quick", "--out", str(tmp_path), *work])
-    (path,) = tmp_path.glob("*-delay-quality.json")
-    results = json.loads(path.read_text())["results"]
-    assert results["runs"].keys() == {delay_quality.key("demo", 0.03, 0, 0)}
-    assert results["summary"][0]["loss"]["mean"] > 0

@@ -64,7 +64,7 @@ def meta_train_variants(config: TrainConfig, variants: list[Variant]) -> tuple[l
     with process_group(CPU, 60), contextlib.redirect_stderr(io.StringIO()):
         learners = build_learners(config, place(len(config.tasks), 1, 0), CPU)
         layout = learners[0].flat.body_layout
-        phi = initial_phi(config, layout, CPU).repeat(count, 1)
+        phi = initial_phi(config, learners[0].flat, CPU)[0].repeat(count, 1)
     tasks, late = [Task(learner, count) for learner in learners], [deque[tuple[int, Tensor]]() for _ in variants]
     for m in range(config.episodes):
         losses = torch.zeros(count)

@@ -40,6 +40,6 @@ def delay_warning(inner: InnerConfig, beta: float, K: int, *, delay: int, period
     if growth <= GROWTH:
         return None
     return (
-        f"warning: method.delay={delay} is long for meta_lr={beta:g} and inner.momentum={inner.momentum:g}: on a "
-        f"quadratic, phi moves away from the optimum, {growth:.3g} times per episode; lower the delay or meta_lr"
+        f"warning: method.delay={delay} is long for this meta_lr, momentum and K: on a quadratic, phi moves away from "
+        f"the optimum, {growth:.3g} times per episode; lower the delay or meta_lr"
     )

@@ -199,10 +199,8 @@ def _announce(
             f"warning: inner.optimizer={config.inner.optimizer}: the error of the shift is not bounded and the paper "
             "found much worse initializations (supplement A); consider inner.optimizer=sgd, which has momentum"
         )
-    late = config.method.delay if config.algorithm == "cts" else 0
-    if warning := delay_warning(
-        config.inner, config.meta_lr / (1 - config.outer.momentum), K, delay=late, period=algorithm.period or K
-    ):
+    late, beta = config.method.delay if config.algorithm == "cts" else 0, config.meta_lr / (1 - config.outer.momentum)
+    if warning := delay_warning(config.inner, beta, K, delay=late, period=algorithm.period or K):
         log_rank0(warning)
     if config.placement != "even":
         log_rank0(describe_assignment(placement.assignment, config.task_names, costs))

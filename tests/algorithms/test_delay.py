@@ -121,7 +121,7 @@ def test_too_long_a_delay_is_warned_about_in_one_line():
     assert delay_warning(InnerConfig(optimizer="adam"), 1, 100, delay=50) is None
     assert delay_warning(MOMENTUM, 1, 100, delay=0) is None  # today's runs keep their lines
     text = delay_warning(MOMENTUM, 0.1, 100, delay=16)
-    assert text.startswith("warning: method.delay=16 is long for meta_lr=0.1 and inner.momentum=0.9: ")
+    assert text.startswith("warning: method.delay=16 is long for this meta_lr, momentum and K: ")
     assert "\n" not in text
     assert delay_warning(MOMENTUM, 0.1, 1000, delay=4)  # a longer episode has more time to diverge
     assert MethodConfig().delay == 0

@@ -2,14 +2,13 @@
 
     python benchmarks/paper/fig3_small_beta.py --data data/tiny-imagenet-0-100
 
-If crossed kinks add an error of their own, it stays when beta goes to 0. If instead the error is proportional to beta
-until the two trajectories are as far apart as unrelated ones, the slope returns to 1 below some beta. The batch size
-tells whether more images per gradient move that point. Finished draws are in fig3_small_beta.json: the command resumes.
+If crossed kinks add an error of their own, it stays when beta goes to 0. If instead a smooth error has only reached the
+distance of unrelated trajectories, it is proportional to beta below some beta. The batch size tells whether more images
+per gradient change that. Finished draws are in fig3_small_beta.json: the command resumes.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from benchmarks.paper.fig3 import ALPHA, K, Task
 from benchmarks.paper.figures import RESULTS
 from benchmarks.paper.long_horizon_runs import differences
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task
-from dist_cts.run.report import interval
 
 BETAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CASES = {  # activation, batch size
@@ -27,11 +25,6 @@ CASES = {  # activation, batch size
     "Softplus, batch 16": ("Softplus", 16),
     "ReLU, batch 64": ("ReLU", 64),
 }
-
-
-def slopes(errors: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """Mean and half width of the 95 % interval of the slope between neighbouring betas; log10 errors [draws][betas]."""
-    return [interval(list(column)) for column in (np.diff(errors, axis=1) / np.diff(np.log10(BETAS))).T]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -130,7 +130,8 @@ def meta_updates(record: dict) -> int:
 # ---------------------------------------------------------------- tables of long_horizon.md
 
 
-def _shown(mean: float, half: float, digits: int = 1) -> str:
+def with_interval(mean: float, half: float, digits: int = 1) -> str:
+    """mean ± half, without the half if there is a single value."""
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
@@ -172,7 +173,7 @@ def table_endpoint(records: Records) -> Iterable[Sequence[str]]:
     ):
         columns = [list(endpoints(records, (method, K), value).values()) for value in (endpoint, control)]
         first = next(iter(runs.values()))
-        shown = [_shown(*interval(column)) if column else "diverged" for column in columns]
+        shown = [with_interval(*interval(column)) if column else "diverged" for column in columns]
         beta = f"{first['run']['beta']:g}" if method in (*COMPARED, *ONCE) else ""
         yield LOOKS[method][0], str(K), beta, f"{meta_updates(first):,}", str(len(columns[0])), *shown
 
@@ -184,7 +185,7 @@ def table_contrasts(records: Records) -> Iterable[Sequence[str]]:
         yield (
             LOOKS[method][0],
             str(row["seeds"]),
-            _shown(row["mean"], row["ci95"]),
+            with_interval(row["mean"], row["ci95"]),
             f"{row['p']:.3f}",
             f"{row['p_holm']:.3f}",
         )
@@ -194,7 +195,7 @@ def table_slopes(records: Records) -> Iterable[Sequence[str]]:
     """The dependence on K."""
     yield "method", "seeds", "points per decade of K"
     for method, (mean, half, seeds) in slopes(records).items():
-        yield LOOKS[method][0], str(seeds), _shown(mean, half)
+        yield LOOKS[method][0], str(seeds), with_interval(mean, half)
 
 
 TABLES: dict[str, Callable[[Records], Iterable[Sequence[str]]]] = {

@@ -232,7 +232,7 @@ def read(path: Path, settings: dict | None = None) -> dict[str, Record]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long_horizon.yaml")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, DATA_ORDER])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, DATA_ORDER], default=[*METHODS, DATA_ORDER])
     parser.add_argument("--beta", type=float, default=0.01, help="of every method (default: the paper's for K = 1000)")
     parser.add_argument("--episodes", type=int, nargs="+", default=[1], help="measured episodes, one run for each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

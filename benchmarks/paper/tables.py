@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.paper import long_horizon_report
+from benchmarks.paper import long_horizon_report, resets, shift_error
+from benchmarks.paper.long_horizon_report import with_interval
 from dist_cts.run.report import interval
 
 HERE = Path(__file__).resolve().parent
@@ -179,6 +180,43 @@ def short_methods() -> str:
     return markdown([f"{' / '.join(targets)}, %", *(f"K = {K}" for K in horizons)], rows)
 
 
+def episode() -> str:
+    """The curves of Figure `shift_error`: means over tasks and seeds."""
+    runs = shift_error.read(RESULTS / "shift_error.json")
+    rows = []
+    labels = {"error": "error", "cosine": "cosine", "length": "length of Δ", "distance": "distance", "loss": "loss"}
+    for beta, number in sorted(shift_error.measured(runs), key=lambda pair: (pair[0] != 0.01, pair[1])):
+        for quantity, label in labels.items():
+            for method in shift_error.METHODS:
+                found = shift_error.values(runs, method, beta, number, quantity)
+                if len(found):
+                    where = f"{label}, episode {number}, β = {beta:g}"
+                    means = [f"{round(value, 2) + 0.0:.2f}" for value in found.mean(0)]  # no -0.00
+                    rows.append([where, METHODS[method], str(len(found)), *means])
+    return markdown(["", "method", "seeds", *(f"k = {k}" for k in shift_error.KS)], rows)
+
+
+def what_is_reset() -> str:
+    """CTS with each choice of resets.py, and its difference to resetting nothing, paired by seed."""
+    found = resets.accuracies(resets.FOLDER)
+    rows = []
+    for choice, accuracy in found.items():
+        differences = [accuracy[seed] - found["nothing"][seed] for seed in accuracy]
+        cells = [with_interval(*interval(values)) for values in (list(accuracy.values()), differences)]
+        rows.append([choice, str(len(accuracy)), cells[0], cells[1] if choice != "nothing" else ""])
+    return markdown(["reset besides θ", "seeds", "four targets, %", "minus nothing, points"], rows)
+
+
+def small_beta() -> str:
+    """log10 of the error at each beta."""
+    document = load("fig3_small_beta")
+    rows = [
+        [name, str(len(errors)), *(with_interval(*interval(list(column)), 2) for column in zip(*errors, strict=True))]
+        for name, errors in document["log10_errors"].items()
+    ]
+    return markdown(["log10 of the error", "draws", *(f"β = {beta:g}" for beta in document["settings"]["betas"])], rows)
+
+
 def _slope(line: dict) -> str:
     return f"{line['slope']:.2f} ± {line['slope_ci95']:.2f}"
 
@@ -197,6 +235,9 @@ TABLES: dict[str, Callable[[], str]] = {
         short_losses,
         short_contrasts,
         short_methods,
+        episode,
+        what_is_reset,
+        small_beta,
     )
 }
 

@@ -1,4 +1,4 @@
-"""Every measured number in README.md and docs/ is one that a JSON file of benchmarks/results gives, in its sentence."""
+"""Every measured number in README, docs/ and benchmarks/paper is one that a JSON file gives, in its sentence."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from statistics import mean, median
 
 import pytest
 
-from benchmarks.paper import tables
+from benchmarks.paper import shift_error, tables
 from benchmarks.report import RESULTS, ratio
 from tests.helpers.commands import ROOT
 
@@ -75,6 +75,13 @@ def synthetic():
     return ends, steps, means, count, optimizers
 
 
+def at_the_end(quantity):
+    """Of CTS and No Shifting after K = 1000 steps of an episode."""
+    runs = shift_error.read(RESULTS / "paper" / "shift_error.json")
+    methods = ("cts", "no_shifting")
+    return [f"{shift_error.values(runs, name, 0.01, 1, quantity).mean(0)[-1]:.2f}" for name in methods]
+
+
 def readme():
     (cts, reptile), steps, means, count, optimizers = synthetic()
     demo = load("demo")["summary"]
@@ -129,6 +136,20 @@ def paper():
     yield f"No Shifting is {contrast('no_shifting')} points, minus Random Shifting {contrast('random_shifting')}"
     yield f"({unseen_classes('cts'):.1f} against {unseen_classes('single'):.1f} %)"
 
+    length, error = at_the_end("length"), at_the_end("error")
+    yield f"long ({length[0]} of the exact one at k = 1000, {length[1]} without it)"
+    yield f"by about the distance travelled ({error[0]} and {error[1]})"
+
+
+def figures():
+    length, error, cosine = at_the_end("length"), at_the_end("error"), at_the_end("cosine")
+    yield f"at k = 1000 nearly all of it for CTS ({error[0]}) and somewhat less without the shift ({error[1]})"
+    yield f"{length[0]} of the exact length at k = 1000; without it or in a random direction, {length[1]}"
+    yield f"cosine {cosine[0]} instead of {cosine[1]}"
+    flat = load("paper/fig5")["judged_by_momentum_sgd_instead"]
+    yield f"(mean loss {flat['mean_loss']:.3f})"
+    yield f"all of {flat['starts_that_diverge_with_the_printed_template']} grid points diverge"
+
 
 def reliability():
     soak = load("soak")
@@ -137,12 +158,17 @@ def reliability():
     yield f"median of {typical:.1f} s, at most {soak['worst_restart_seconds']:.1f} s"
 
 
-PAGES = {"README.md": readme, "docs/paper.md": paper, "docs/reliability.md": reliability}
+PAGES = {
+    "README.md": readme,
+    "docs/paper.md": paper,
+    "docs/reliability.md": reliability,
+    "benchmarks/paper/README.md": figures,
+}
 
 
 def prose(page):
-    """A page's measured part without code blocks, in one line."""
-    text = (ROOT / page).read_text()
+    """A page's measured part in one line, without code and without the tables that test_tables.py compares."""
+    text = tables.BLOCK.sub(" ", (ROOT / page).read_text())
     text = text[text.index(SECTIONS[page]) :] if page in SECTIONS else text
     text = re.sub(r"```.*?```|^    .*?$", " ", text, flags=re.DOTALL | re.MULTILINE)
     return " ".join(text.split())

@@ -113,7 +113,8 @@ def run(config: TrainConfig, ks: Sequence[int]) -> tuple[Record, Tensor]:
             meta_gradient=probe,
         )
         reducer = MetaReducer(state.phi, learners, placement)
-        meta_train(state, algorithm, reducer, beta=config.meta_lr, M=config.episodes, K=config.inner_steps)
+        M, K = config.episodes, config.inner_steps
+        meta_train(state, algorithm, reducer, beta=config.meta_lr, M=M, K=K, outer=config.outer)
         return probe.record, state.phi
 
 

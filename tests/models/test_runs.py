@@ -32,7 +32,7 @@ def root(tmp_path_factory):
 def load(name, root, folder, *overrides):
     if name == "lora":
         pytest.importorskip("timm")
-        overrides = ("model.args={img_size: 24, patch_size: 8, depth: 1, drop_path_rate: 0.5}", *overrides)
+        overrides = ("model.args={img_size: 24, patch_size: 8, depth: 2, drop_path_rate: 0.5}", *overrides)
     else:
         overrides = ("model.name=resnet8", "model.width=0.5", *overrides)
     keys = [*SMALL, f"data.root={root}", f"run_dir={folder}", *overrides]

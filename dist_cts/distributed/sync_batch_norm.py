@@ -22,35 +22,63 @@ class _SumOverGroup(torch.autograd.Function):
         return grad, None
 
 
-class GroupBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with batch statistics over a process group, computed in fp32 also under autocast.
+class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm [B, C, ...] with statistics over a process group, computed in fp32 also under autocast.
 
     `nn.SyncBatchNorm` computes the same, but only on GPUs, and it synchronizes with the host in every layer.
     """
 
     group: dist.ProcessGroup
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         count = x.numel() // x.shape[1] * self.group.size()
-        values = x.float()
-        mean = _SumOverGroup.apply(values.sum((0, 2, 3)), self.group) / count
-        centred = values - mean[:, None, None]
-        variance = _SumOverGroup.apply((centred * centred).sum((0, 2, 3)), self.group) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        over = [dimension for dimension in range(x.ndim) if dimension != 1]
+        values, channels = x.float(), (-1, *[1] * (x.ndim - 2))  # the shape that broadcasts [C] over x
+        mean = _SumOverGroup.apply(values.sum(over), self.group) / count
+        centred = values - mean.view(channels)
+        variance = _SumOverGroup.apply((centred * centred).sum(over), self.group) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
+        scale = torch.rsqrt(variance + self.eps)
+        if not self.affine:
+            return (centred * scale.view(channels)).to(x.dtype)
+        return (centred * (self.weight * scale).view(channels) + self.bias.view(channels)).to(x.dtype)
+
+
+class GroupBatchNormAct(GroupBatchNorm):
+    """The same in timm's layer that applies dropout and activation as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
 
 
 def convert_sync_batch_norm(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    """Synchronizes the model's batch norms over `group`, in place; None: unchanged."""
+    """Synchronizes the model's batch norms over `group`, in place; None: unchanged.
+
+    Raises:
+        ValueError: a batch norm of another kind, which D ranks with 1 / D of a batch each would compute otherwise.
+    """
     if group is not None:
         for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                continue
+            if type(module).__module__ == nn.BatchNorm2d.__module__:
                 module.__class__ = GroupBatchNorm
-                module.group = group
+            elif type(module).__name__ == "BatchNormAct2d":
+                module.__class__ = GroupBatchNormAct
+            else:
+                raise ValueError(
+                    f"{type(module).__name__} cannot be synchronized over the {group.size()} ranks of a task; start at "
+                    "most one rank per task"
+                )
+            module.group = group
     return model

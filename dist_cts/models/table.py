@@ -22,6 +22,7 @@ from dist_cts.models.lora import LoraConfig, add_lora
 from dist_cts.models.parts import Patterns, Treatment, split
 from dist_cts.models.small_resnet import SmallResNet
 from dist_cts.models.tiny import Tiny
+from dist_cts.registry import OWN
 from dist_cts.seeds import hashed_seed
 
 
@@ -86,7 +87,8 @@ def find_architecture(name: str) -> Architecture:
         known = {other: other for other in MODELS} | {n: f"torchvision:{n}" for n in from_torchvision.names()}
         near = [known[other] for other in difflib.get_close_matches(name, known, n=3)]
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"model.name={name!r}: choose one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME{hint}")
+        known = ", ".join([*MODELS, "torchvision:NAME", "timm:NAME"])
+        raise ValueError(f"model.name={name!r}: choose one of {known}{hint}; {OWN}")
     library, known = LIBRARIES[prefix], LIBRARIES[prefix].names()
     architecture, _, tag = full.partition(".")
     if architecture not in known or (tag and library is not from_timm):

@@ -50,7 +50,9 @@ class TrainConfig(Config):
     batch_size: int = Field(128, gt=0, description="images per task and inner step")
     seed: int = Field(0, description="seeds initialization, data order and augmentation")
     init: str | None = Field(
-        None, description="phi_0: a .safetensors or .pth file, or ResNet18_Weights.X of torchvision; default: random"
+        None,
+        description="phi_0, and what it leaves out: a .safetensors or .pth file, `pretrained` or a tag of the model's "
+        "weights, or ResNet18_Weights.X of torchvision; default: random",
     )
     run_dir: Path | None = Field(None, description="run folder; default: runs/ + the config's path below configs/")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")

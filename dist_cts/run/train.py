@@ -110,10 +110,11 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
             f"{describe_ranks(assignment, config.task_names, ranks)}, in step {progress.step},"
         )
         group = data_group(placement, backend_timeout(device, config.timeout_seconds))
-        for learner in learners:
-            learner.data_group, learner.model = group, convert_sync_batch_norm(learner.model, group)
-            if config.compile:
-                learner.model.compile()
+        with raise_on_all_ranks():
+            for learner in learners:
+                learner.data_group, learner.model = group, convert_sync_batch_norm(learner.model, group)
+                if config.compile:
+                    learner.model.compile()
         if config.step == "graph":
             use_graphs(learners)
         flat = learners[0].flat

@@ -1,6 +1,8 @@
-"""The errors that end a run: on all ranks alike, or on one rank alone."""
+"""The errors that end a run, on all ranks alike or on one rank alone, and warnings about failures that do not."""
 
 import os
+from collections import Counter
+from collections.abc import Callable
 
 
 class RunError(RuntimeError):
@@ -17,3 +19,27 @@ class RankError(RunError):
     def __init__(self, text: str) -> None:
         rank = int(os.environ.get("RANK", 0))
         super().__init__(f"rank {rank}: {text}", speaker=rank)
+
+
+class UnreachableError(RankError):
+    """This rank reaches neither the other ranks nor torchrun's store, e.g. in a network partition."""
+
+
+def cause_of(error: Exception) -> str:
+    """Why a write failed, without the file's name: the same text for every file and step."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+class RepeatedWarning:
+    """Warns at the 1st, 10th, 100th, ... occurrence of each cause, with the count."""
+
+    def __init__(self, warn: Callable[[str], object]) -> None:
+        self._warn, self._counts = warn, Counter[str]()
+
+    def __call__(self, cause: str, details: str, prefix: str = "") -> None:
+        """Counts an occurrence of `cause`; the line is prefix, cause and details."""
+        self._counts[cause] += 1
+        count = self._counts[cause]
+        if str(count).strip("0") == "1":
+            times = f" ({count} times so far)" if count > 1 else ""
+            self._warn(f"{prefix}{cause}{times}{details}")

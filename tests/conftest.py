@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 pytest.register_assert_rewrite("tests.helpers")
+from benchmarks.namespaces import hosts  # noqa: E402
 from tests.helpers.batches import write_task  # noqa: E402
 from tests.helpers.commands import Command  # noqa: E402
 
@@ -98,6 +100,20 @@ def small_disk(tmp_path):
     yield mount
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def network():
+    """network(number, **link): hosts and their link, as `benchmarks.namespaces.hosts`; skips where it raises."""
+    with ExitStack() as stack:
+
+        def network(number, **link):
+            try:
+                return stack.enter_context(hosts(number, **link))
+            except OSError as error:
+                pytest.skip(str(error))
+
+        yield network
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from dist_cts.atomic import fsync_folder, publish, replace_file
@@ -29,10 +29,12 @@ from dist_cts.checkpoint.files import (
     write_manifest,
     write_state,
 )
+from dist_cts.checkpoint.schedule import CheckpointConfig, Schedule
 from dist_cts.checkpoint.settings import MAY_DIFFER, config_difference, with_new_keys
 from dist_cts.config import Config
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.process_group import from_rank_0, gather, raise_on_all_ranks
+from dist_cts.errors import RepeatedWarning, RunError, cause_of
 from dist_cts.flat import load_named
 from dist_cts.state import TrainState
 
@@ -41,21 +43,14 @@ _FILES = TypeAdapter(dict[str, StoredFile])
 log = logging.getLogger(__name__)
 
 
-class CheckpointConfig(Config):
-    """When to save and what to keep. A run also saves when it finishes or is asked to stop."""
-
-    every_steps: int = Field(1000, ge=0, description="save a checkpoint every N steps; 0 disables")
-    every_minutes: float = Field(0.0, ge=0, description="save a checkpoint every N minutes; 0 disables")
-    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
-    keep_every: int = Field(0, ge=0, description="keep every N-step checkpoint permanently; 0 disables")
-
-
 class _Report(NamedTuple):
     """State of each rank before a save; all ranks decide from the gathered reports."""
 
     busy: bool
     newest: int | None
     token: str
+    failing: float  # seconds since the first failure after the newest checkpoint
+    error: Exception | None  # why the run folder cannot be written at all
 
 
 class CheckpointManager:
@@ -67,20 +62,29 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, placement: Placement, warn: Callable[[str], object] = log.warning
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        placement: Placement,
+        warn: Callable[[str], object] = log.warning,
+        restore: Callable[[], object] = lambda: None,
     ) -> None:
         """Creates `folder` and removes incomplete checkpoints; the caller holds the run's lock.
+
+        `restore` is called before each save, to create a deleted run folder again.
 
         Raises:
             OSError: the folder cannot be created.
         """
-        self.folder, self.config, self.placement = folder, config, placement
+        self.folder, self.config, self.placement, self._schedule = folder, config, placement, Schedule(config)
+        self.due = self._schedule.due
         self.warn = warn if placement.rank == 0 else lambda text: None
+        self.fault = ""  # why the latest save failed, on rank 0
         self.newest: int | None = None  # step of the newest valid checkpoint known to this rank
+        self._restore, self._warn_repeated = restore, RepeatedWarning(self.warn)
+        self._failing_since: float | None = None
         self._thread: Thread | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}  # reused: allocating costs more than copying
-        self._saved_at, self._saved_step, self._next_look = time.monotonic(), 0, 0
-        self._decision: tuple[int, bool] = (-1, False)  # the last step that `due` was called with, and its result
         with raise_on_all_ranks():
             if placement.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -91,24 +95,6 @@ class CheckpointManager:
         names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`: the same answer on every rank and at every call."""
-        if self._decision[0] != step:
-            self._decision = step, self._decide(step)
-        return self._decision[1]
-
-    def _decide(self, step: int) -> bool:
-        if any(period and step % period == 0 for period in (self.config.every_steps, self.config.keep_every)):
-            return True
-        if not self.config.every_minutes or step < self._next_look:
-            return False
-        # Rank 0's clock decides for all ranks. It is checked again halfway to the due time, at the speed so far.
-        passed = time.monotonic() - self._saved_at
-        left = 60 * self.config.every_minutes - passed
-        ahead = int(left / 2 / passed * (step - self._saved_step))
-        due, self._next_look = from_rank_0((left <= 0, step + max(1, ahead)))
-        return due
-
     def save(self, state: TrainState, config: Config, wait: bool = False) -> bool:
         """Starts saving the state and the run's config. Training may continue when this returns.
 
@@ -117,20 +103,54 @@ class CheckpointManager:
 
         Returns:
             Whether the save has started; with `wait`, whether the step has a valid checkpoint. The same on every rank.
+
+        Raises:
+            RunError: another run uses the folder, or, without `wait`, every save failed for `give_up_minutes`.
         """
         if wait:
             self.wait()
+        step = state.progress.step
+        self._schedule.saved(step)
+        reports = gather(self._report())
+        first = reports[0]
+        if isinstance(first.error, RunError):
+            raise first.error
+        if first.newest == step:
+            return True
+        overdue = 0 < 60 * self.config.give_up_minutes <= first.failing
+        saved = self._start(state, config, reports) and (not (wait or overdue) or self.wait() == step)
+        if overdue and not saved and not wait:
+            raise RunError(
+                f"step {step}: no checkpoint could be saved for {first.failing / 60:.0f} minutes ({self.fault}); "
+                f"{self._last_valid()}. Make {self.folder} writable, then run the same command to resume"
+            )
+        return saved
+
+    def _report(self) -> _Report:
+        error = None
+        if self.placement.rank == 0:
+            try:
+                if not (self._busy() or (self.folder / step_folder(self.newest or 0)).exists()):  # deleted
+                    self.newest = None
+                self._restore()
+                self.folder.mkdir(exist_ok=True)
+            except (OSError, RunError) as caught:
+                error = caught
+        failing = 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
+        return _Report(self._busy(), self.newest, uuid.uuid4().hex[:8], failing, error)
+
+    def _start(self, state: TrainState, config: Config, reports: Sequence[_Report]) -> bool:
+        """Copies the state and starts this rank's thread; False on all ranks if a save is not possible now."""
         step, learners = state.progress.step, state.learners
-        self._saved_at, self._saved_step, self._next_look = time.monotonic(), step, step + 1
+        if any(report.busy for report in reports):
+            self._failed(step, "an earlier one is still being written")
+            return False
+        if reports[0].error:
+            self._failed(step, cause_of(reports[0].error))
+            return False
         states: dict[str, State] = {task_file(learner.name): learner.state_dict() for learner in learners}
         layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in learners}
         contents = {task_file(learner.name): learner.data_fingerprint for learner in learners}
-        ranks = gather(_Report(self._busy(), self.newest, uuid.uuid4().hex[:8]))
-        if ranks[0].newest == step:
-            return True
-        if any(rank.busy for rank in ranks):
-            self.warn(f"step {step}: checkpoint skipped, an earlier one is still being written")
-            return False
         if self.placement.rank == 0:
             states[PHI], layouts[PHI] = state.layout.views(state.phi), state.fingerprint
             if outer := state.outer_state():
@@ -138,14 +158,24 @@ class CheckpointManager:
         if self.placement.contributes:  # the ranks of a data group hold the same bits: only the first saves
             self._copies = {name: to_host(tensors, self._copies.get(name, {})) for name, tensors in states.items()}
             # Named by rank 0's token, so that files of an earlier attempt at this step cannot get in.
-            temporary = self.folder / f"{step_folder(step)}.{ranks[0].token}.tmp"
+            temporary = self.folder / f"{step_folder(step)}.{reports[0].token}.tmp"
             values = config.model_dump(mode="json")
             # A daemon: a failing rank must not wait for the files of ranks that may have failed before it.
             self._thread = Thread(
                 target=self._write, args=(temporary, step, self._copies, layouts, contents, values), daemon=True
             )
             self._thread.start()
-        return self.wait() == step if wait else True
+        return True
+
+    def _failed(self, step: int, fault: str) -> None:
+        self.fault = fault
+        self._failing_since = self._failing_since or time.monotonic()
+        self._warn_repeated(
+            f"checkpoint failed: {fault}", f"; training continues, {self._last_valid()}", f"step {step}: "
+        )
+
+    def _last_valid(self) -> str:
+        return "no valid checkpoint yet" if self.newest is None else f"the latest valid one is at step {self.newest}"
 
     def wait(self) -> int | None:
         """Waits for a running save on all ranks; returns the step of the newest valid checkpoint, or None.
@@ -183,7 +213,8 @@ class CheckpointManager:
                 tensors = states[task_file(learner.name)]
                 learner.load_state_dict({key: value.to(state.phi.device) for key, value in tensors.items()})
                 learner.seek(step)
-            state.progress.step = self.newest = self._saved_step = step
+            state.progress.step = self.newest = step
+            self._schedule.resumed(step)
             if self.placement.rank == 0:
                 self._set_aside(damaged)
             return step
@@ -257,16 +288,15 @@ class CheckpointManager:
             write_manifest(temporary, CheckpointManifest(step=step, config=config, files=files))
             fsync_folder(temporary)
             publish(temporary, self.folder / step_folder(step))
-            self.newest = step
+            self.newest, self._failing_since = step, None
             self._prune()
         except (OSError, ValueError) as error:
             if rank != 0:
                 with suppress(OSError):  # on a full disk the file may stay empty
-                    (temporary / f"rank-{rank}.failed").write_text(str(error))
+                    (temporary / f"rank-{rank}.failed").write_text(cause_of(error))
                 return
             shutil.rmtree(temporary, ignore_errors=True)
-            last = "no valid one yet" if self.newest is None else f"the latest valid one is at step {self.newest}"
-            self.warn(f"step {step}: checkpoint failed: {error}; training continues, {last}")
+            self._failed(step, cause_of(error))
 
     def _files_of_others(self, temporary: Path) -> dict[str, StoredFile]:
         """Waits for the other ranks' lists and merges them."""

@@ -8,21 +8,44 @@ reports the ranks that have not answered in time.
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dist_cts.errors import RankError, RunError
+from dist_cts.errors import RunError, UnreachableError
 
+T = TypeVar("T")
 POLL_SECONDS = 0.5  # interval at which a rank polls the store
 ANSWER_SECONDS = 4.0  # time for the ranks to answer the liveness check
 # Wait for the GPU after SIGTERM: torchrun sends it when a peer has died, and SIGKILL 30 seconds later.
 STOP_SECONDS = 5.0
 RESUME = "run the same command to resume from the latest checkpoint"
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """The function's result, or its error. For calls to the store, which no timeout of its own bounds.
+
+    In a network partition such a call blocks until the kernel closes the connection, on Linux after 16 minutes.
+
+    Raises:
+        TimeoutError: the function has not returned after `seconds`; its thread is left behind.
+    """
+    outcome: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    Thread(target=call, daemon=True).start()
+    return outcome.result(seconds)
 
 
 class LivenessCheck:
@@ -45,19 +68,10 @@ class LivenessCheck:
         Takes ANSWER_SECONDS, at most four times that: when a rank exits, torchrun sends the others SIGTERM, which
         run/shutdown.py catches, and SIGKILL 30 seconds later.
         """
-        verdicts: list[tuple[int, str]] = []
-
-        def call() -> None:
-            with suppress(RuntimeError):  # the store is unreachable
-                verdicts.append(self._call())
-
-        # In a thread: in a network partition, a call to the store blocks until the kernel closes the connection.
-        caller = Thread(target=call, daemon=True)
-        caller.start()
-        caller.join(4 * ANSWER_SECONDS)
-        if not verdicts:
-            return RankError(f"the other ranks and torchrun's store are unreachable ({fault}); {RESUME}")
-        rank, text = verdicts[0]
+        try:
+            rank, text = within(4 * ANSWER_SECONDS, self._call)
+        except (RuntimeError, TimeoutError):
+            return UnreachableError(f"the other ranks and torchrun's store are unreachable ({fault}); {RESUME}")
         return RunError(text or f"a collective failed although every rank is alive ({fault}); {RESUME}", speaker=rank)
 
     def _call(self) -> tuple[int, str]:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_cts.distributed.malloc import keep_freed_memory
-from dist_cts.errors import RunError
+from dist_cts.distributed.peer_failure import within
+from dist_cts.errors import RunError, UnreachableError
 from dist_cts.flat import FlatLayout
 
 T = TypeVar("T")
@@ -64,7 +65,13 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     if "RANK" in os.environ:
         device_id = device if device.type == "cuda" else None
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(_attempt(shared, rank, world_size, timeout), shared)
+        try:  # its own errors, which name a rank, come first
+            prefix = within(timeout.total_seconds() + 5, lambda: _attempt(shared, rank, world_size, timeout))
+        except TimeoutError:
+            raise UnreachableError(
+                f"torchrun's store has not responded for {timeout.total_seconds() + 5:g} s"
+            ) from None
+        store = dist.PrefixStore(prefix, shared)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )

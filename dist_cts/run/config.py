@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
-from dist_cts.checkpoint.manager import CheckpointConfig
+from dist_cts.checkpoint.schedule import CheckpointConfig
 from dist_cts.config import CONFIGS, Config
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.few_shot import FewShotConfig

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_cts.errors import RunError
+from dist_cts.errors import RunError, UnreachableError
 
 DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint; run the same command to resume
+
+AGENT = os.getppid()  # torchrun, if it started this process; later the parent may be whatever adopted an orphan
 
 
 def finish(command: Callable[[], int]) -> int:
@@ -18,7 +20,7 @@ def finish(command: Callable[[], int]) -> int:
     ValueError and FileNotFoundError (invalid usage or config) return 2; RunError, OSError and ImportError return 1.
     Only one rank prints: `speaker` of a RunError, otherwise rank 0.
     """
-    speaker = 0
+    speaker, unreachable = 0, False
     faulthandler.enable(2)  # prints a traceback on SIGSEGV or SIGBUS, which raise no exception
     try:
         return command()
@@ -26,13 +28,39 @@ def finish(command: Callable[[], int]) -> int:
         code, text = USAGE, str(error)
     except RunError as error:
         code, text, speaker = ERROR, str(error), error.speaker
+        unreachable = isinstance(error, UnreachableError)
     except (OSError, ImportError) as error:
         code, text = ERROR, str(error)
     except KeyboardInterrupt:
         code, text = ERROR, "interrupted; run the same command to resume from the newest checkpoint"
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        code, speaker = ERROR, int(os.environ.get("RANK", 0))
+        text = (
+            f"rank {speaker}: out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); lower "
+            "batch_size or use more ranks, then run the same command to resume"
+        )
     if int(os.environ.get("RANK", 0)) == speaker:
         print(f"error: {text}", file=sys.stderr, flush=True)
+    restarts, of = (int(os.environ.get(f"TORCHELASTIC_{key}", 0)) for key in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if unreachable and restarts >= of:
+        # On a host that is cut off, torchrun's calls to its store block until the kernel closes the connection, after
+        # 16 minutes on Linux; no option bounds them and SIGTERM is not handled. With restarts left, the network may
+        # come back.
+        _signal_agent(signal.SIGKILL)
     return code
+
+
+def _signal_agent(number: signal.Signals) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] == "0" and os.getppid() == AGENT:
+        os.kill(AGENT, number)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: in Python, in torch on the CPU or on a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def exit_process(code: int) -> NoReturn:
@@ -44,6 +72,6 @@ def exit_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if code in (STOPPED, USAGE) and restarts and os.environ["LOCAL_RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+    if code in (STOPPED, USAGE) and restarts:
+        _signal_agent(signal.SIGTERM)
     os._exit(code)

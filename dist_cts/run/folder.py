@@ -1,5 +1,6 @@
 """The run folder: its lock, config.yaml and environment.json."""
 
+import errno
 import fcntl
 import importlib.metadata
 import itertools
@@ -9,8 +10,8 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -23,10 +24,54 @@ from dist_cts.checkpoint.phi import SNAPSHOTS
 from dist_cts.config import Config
 from dist_cts.distributed.numerics import numerics
 from dist_cts.distributed.process_group import gather
+from dist_cts.errors import RunError
+from dist_cts.run.console import log_rank0
 from dist_cts.run.imports import ENVIRONMENT, IMPORTED
+from dist_cts.run.record_file import is_at
 
 PACKAGES = ("dist_cts", "torch", "torchvision", "numpy", "ffcv")
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # e.g. Lustre mounted without -o flock
 STOPPED = "stopped"  # marks exit code 75, which torchrun turns into 1; the batch scripts check it
+
+
+class RunFolder:
+    """The run folder, locked by rank 0 until it is closed; does nothing on other ranks or in a run without one."""
+
+    def __init__(self, path: Path | None, owner: bool, fresh: bool = False) -> None:
+        """Locks the folder if this rank is the `owner`; see `claim`."""
+        self.path = path
+        self.describe: Callable[[], object] = lambda: None  # writes the files that describe the run
+        self._lock = claim(path, fresh) if owner and path is not None else None
+
+    def restore(self) -> None:
+        """Creates the folder and its description again if it was deleted or moved since the start.
+
+        Raises:
+            RunError: another run uses the folder now.
+            OSError: it cannot be written.
+        """
+        if self._lock is None or is_at(self._lock.fileno(), self.path / LOCK):
+            return
+        what = f"{self.path} or its lock was deleted or moved during the run"
+        try:
+            lock = _claim(self.path)
+        except ValueError as error:
+            raise RunError(f"{what}; {error}") from None
+        try:
+            self.describe()
+        except OSError:
+            lock.close()
+            raise
+        self.close()
+        self._lock = lock
+        log_rank0(f"warning: {what}; created it again")
+
+    def close(self) -> None:
+        """Releases the lock."""
+        if self._lock is not None:
+            with suppress(OSError):  # the file may be gone
+                self._lock.close()
 
 
 def claim(folder: Path, fresh: bool = False) -> IO[str]:
@@ -39,24 +84,39 @@ def claim(folder: Path, fresh: bool = False) -> IO[str]:
         OSError: the folder cannot be written.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "another run"
-            raise ValueError(f"{folder} is in use by {holder}: stop it, or choose another run_dir") from None
-        if fresh and (folder / "checkpoints").exists():
-            numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-            folder.rename(next(path for path in numbered if not path.exists()))
-            return claim(folder)
-        file.truncate(0)
-        file.write(f"another run (process {os.getpid()} on {socket.gethostname()})")
-        file.flush()
-        remove_leftovers(folder)
-        remove_leftovers(folder / SNAPSHOTS)
-        return file
+        return _claim(folder, fresh)
+
+
+def _claim(folder: Path, fresh: bool = False) -> IO[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read() or "another run"
+        raise ValueError(f"{folder} is in use by {holder}: stop it, or choose another run_dir") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: {folder}: its file system has no file locks ({error.strerror}); "
+            "do not start a second run in this folder",
+            file=sys.stderr,
+        )
+    if not is_at(file.fileno(), folder / LOCK):  # another process moved the folder since it was opened
+        file.close()
+        return _claim(folder, fresh)
+    if fresh and (folder / "checkpoints").exists():
+        numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        folder.rename(next(path for path in numbered if not path.exists()))
+        return _claim(folder)
+    file.truncate(0)
+    file.write(f"another run (process {os.getpid()} on {socket.gethostname()})")
+    file.flush()
+    remove_leftovers(folder)
+    remove_leftovers(folder / SNAPSHOTS)
+    return file
 
 
 @contextmanager

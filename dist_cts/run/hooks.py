@@ -14,9 +14,10 @@ from dist_cts.data.tasks import open_split
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.process_group import check_same_bits, gather
 from dist_cts.distributed.reducer import Control, MetaReducer
-from dist_cts.errors import RunError
+from dist_cts.errors import RepeatedWarning, RunError, cause_of
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.console import log_rank0
+from dist_cts.run.folder import RunFolder
 from dist_cts.run.metrics import Metrics
 from dist_cts.run.shutdown import StopRequest
 from dist_cts.state import TrainState
@@ -36,10 +37,12 @@ class Hooks:
         reducer: MetaReducer,
         metrics: Metrics,
         checkpoints: CheckpointManager | NoCheckpoints,
+        folder: RunFolder,
         stop: StopRequest,
     ) -> None:
         self.config, self.state, self.algorithm, self.placement = config, state, algorithm, placement
         self.reducer, self.metrics, self.checkpoints, self.stop = reducer, metrics, checkpoints, stop
+        self.folder, self.warn = folder, RepeatedWarning(log_rank0)
         self.started = time.monotonic()
         self.diverging: set[int] = set()  # tasks already reported
         self.restarted: dict[int, int] = {}  # the step after which a task's learner restarted from phi
@@ -110,10 +113,12 @@ class Hooks:
             step = self.state.progress.step
             path = self.config.run_dir / SNAPSHOTS / f"phi_{step}.safetensors"
             try:
+                self.folder.restore()
                 path.parent.mkdir(exist_ok=True)
                 export(self.config, self.state, path)
-            except OSError as error:
-                log_rank0(f"step {step}: snapshot skipped ({error}); training continues")
+            except (OSError, RunError) as error:
+                fault = f"snapshot failed: {cause_of(error)}"
+                self.warn(fault, f" ({path.parent}); training continues", prefix=f"step {step}: ")
 
     def save(self) -> None:
         """Starts saving a checkpoint if one is due."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from dist_cts.atomic import replace_file
 from dist_cts.registry import lookup
 from dist_cts.run.console import log_rank0
+from dist_cts.run.record_file import EventFile
 
 CLOSING_SECONDS = 30.0  # for uploads at the end of a run; after a failure, when other ranks' lines wait, 5
 
@@ -46,16 +47,13 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run: LoggedRun) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
+        self.file = EventFile(run.folder / "tensorboard", first_step=run.step + 1)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+        self.file.add_scalars(scalars, step)
 
     def close(self) -> None:
-        self.writer.close()
+        self.file.close()
 
 
 class WeightsAndBiases:

@@ -5,9 +5,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +13,13 @@ from tqdm import tqdm
 
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.reducer import Control
+from dist_cts.errors import RepeatedWarning, RunError, cause_of
 from dist_cts.losses import Metric
 from dist_cts.progress import Progress
 from dist_cts.run.console import log_rank0
+from dist_cts.run.folder import RunFolder
 from dist_cts.run.loggers import Loggers
+from dist_cts.run.record_file import RecordFile
 
 
 class Metrics:
@@ -29,7 +30,7 @@ class Metrics:
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: RunFolder,
         tasks: Mapping[str, Metric | None],
         placement: Placement,
         progress: Progress,
@@ -38,20 +39,23 @@ class Metrics:
     ) -> None:
         """`tasks`: the metric of each; `steps`: total inner steps of the run, for the progress bar.
 
-        Without a `folder`, rank 0 keeps the records in `records`.
+        A run without a folder keeps the records in `records`, on rank 0.
+
+        Raises:
+            OSError: the folder cannot be written.
         """
         self.tasks, self.steps, self.world_size = dict(tasks), steps, placement.world_size
         self.ranks = [ranks[0] for ranks in placement.assignment]
         self.active = placement.rank == 0
-        self._lost = False  # whether records were lost to a full disk
+        self._warn = RepeatedWarning(log_rank0)
         self.records: list[dict[str, Any]] = []
-        self.file, self.loggers = None, loggers
+        self.folder, self.file, self.loggers = folder, None, loggers
         self._clear()
         if self.active:
             terminal = sys.stderr.isatty()
             self.bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not terminal, dynamic_ncols=True)
-        if self.active and folder is not None:
-            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        if self.active and folder.path is not None:
+            self.file = RecordFile(folder.path / "metrics.jsonl")
 
     def add(self, control: Control) -> None:
         """Adds the control tail of one reduction."""
@@ -81,7 +85,7 @@ class Metrics:
                 )
             mean = {key: sum(values) / len(values) for key, values in means.items()}
             scalars = {f"mean/{key}": value for key, value in mean.items()} | {"steps_per_second": rate}
-            self.loggers.log(scalars, progress.step)
+            self._log(scalars, progress)
             self._show(progress, mean, losses, rate)
         self._clear()
 
@@ -101,8 +105,7 @@ class Metrics:
         if self.active:
             self.bar.close()
             if self.file is not None:
-                with self._best_effort():
-                    self.file.close()
+                self.file.close()
             self.loggers.close(failed=failure is not None)
 
     def _write(self, progress: Progress, **values: float | str | None) -> None:
@@ -116,21 +119,23 @@ class Metrics:
         if self.file is None:
             self.records.append(record)
             return
-        with self._best_effort():
-            self.file.write(json.dumps(record) + "\n")
         shown = values.keys() - {"task", "steps_per_second", "rank"}
         scalars = {f"{key}/{values['task']}": values[key] for key in shown if values[key] is not None}
-        self.loggers.log(scalars, progress.step)
+        self._log(scalars, progress, json.dumps(record) + "\n")
 
-    @contextmanager
-    def _best_effort(self) -> Iterator[None]:
-        """A block whose writes may fail, e.g. on a full disk: the records are lost, training continues."""
+    def _log(self, scalars: Mapping[str, float], progress: Progress, line: str = "") -> None:
+        """Passes on scalars and a line of metrics.jsonl. Where that fails they are lost, and training continues."""
         try:
-            yield
+            self.folder.restore()
+            if line:
+                self.file.append(line.encode())
+        except RunError as error:  # another run has taken the folder
+            self._warn(f"warning: metrics records lost: {error}", "; training continues to the next checkpoint")
+            return
         except OSError as error:
-            if not self._lost:
-                log_rank0(f"warning: metrics records lost: {error}; training continues")
-            self._lost = True
+            fault = f"warning: metrics records lost: {cause_of(error)}"
+            self._warn(fault, f" ({self.folder.path}); training continues")
+        self.loggers.log(scalars, progress.step)
 
     def _show(self, progress: Progress, means: Mapping[str, float], losses: list[float], rate: float) -> None:
         metrics = {metric.name: metric for metric in self.tasks.values() if metric is not None}

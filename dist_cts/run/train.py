@@ -1,6 +1,6 @@
 """The meta-training entry point, from the configuration to the exported phi."""
 
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -104,8 +104,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
             if config.step == "graph":
                 check_graphs(algorithm, placement, device)
             learners = build_learners(config, placement, device)
-            is_writer = placement.rank == 0 and config.run_dir is not None
-            lock = folder.claim(config.run_dir, fresh) if is_writer else nullcontext()
+            held = folder.RunFolder(config.run_dir, owner=placement.rank == 0, fresh=fresh)
         liveness.describe = lambda ranks: (
             f"{describe_ranks(assignment, config.task_names, ranks)}, in step {progress.step},"
         )
@@ -123,17 +122,25 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
         for learner in learners:
             learner.flat.start_rest(rest)
         state = TrainState(phi, flat.body_layout, learners, progress, rest=rest)
-        with lock:
-            return _run(config, state, algorithm, placement, costs, stop)
+        with closing(held):
+            return _run(config, state, algorithm, placement, costs, held, stop)
 
 
 def _run(
-    config: TrainConfig, state: TrainState, algorithm: Algorithm, placement: Placement, costs: Costs, stop: StopRequest
+    config: TrainConfig,
+    state: TrainState,
+    algorithm: Algorithm,
+    placement: Placement,
+    costs: Costs,
+    held: folder.RunFolder,
+    stop: StopRequest,
 ) -> Trained:
     """Resumes, runs Algorithm 2 with the hooks after every step, and exports phi."""
     checkpoints: CheckpointManager | NoCheckpoints = NoCheckpoints()
     if config.run_dir is not None:
-        checkpoints = CheckpointManager(config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0)
+        checkpoints = CheckpointManager(
+            config.run_dir / "checkpoints", config.checkpoint, placement, warn=log_rank0, restore=held.restore
+        )
     fixed = set() if config.outer.schedule == "constant" else {"episodes"}  # beta depends on it
     resumed = checkpoints.load_newest(state, config, tuple(set(MAY_DIFFER) - fixed))
     wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
@@ -152,15 +159,16 @@ def _run(
     steps = config.episodes * config.inner_steps
     with raise_on_all_ranks(), folder.writing(config.run_dir):
         if placement.rank == 0 and config.run_dir is not None:
-            keep_costs(config, costs)
-            folder.describe_run(config.run_dir, config, state.phi.device, placement.world_size)
+            held.describe = lambda: (
+                keep_costs(config, costs),
+                folder.describe_run(config.run_dir, config, device, placement.world_size),
+            )
+            held.describe()
         tasks = {task.name: make_loss(config.loss_of(task)).metric for task in config.tasks}
-        metrics = Metrics(
-            config.run_dir, tasks, placement, state.progress, steps, _open_loggers(config, state.progress)
-        )
+        metrics = Metrics(held, tasks, placement, state.progress, steps, _open_loggers(config, state.progress))
     _announce(config, algorithm, placement, costs, resumed)
     with metrics:
-        hooks = Hooks(config, state, algorithm, placement, reducer, metrics, checkpoints, stop)
+        hooks = Hooks(config, state, algorithm, placement, reducer, metrics, checkpoints, held, stop)
         meta_train(
             state,
             algorithm,
@@ -232,6 +240,6 @@ def _finish(
         log_rank0(f"done: {step} steps, phi is in {phi}")
         return DONE
     if not saved:
-        raise RunError(f"stopped at step {step}, but its checkpoint was not saved; the warning above says why")
+        raise RunError(f"stopped at step {step}, but its checkpoint was not saved: {checkpoints.fault}")
     log_rank0(f"stopped at step {step} with a checkpoint; run the same command to resume")
     return STOPPED

@@ -31,25 +31,6 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ask:
 """
 
 
-@pytest.fixture
-def network():
-    """network(number, **link): `benchmarks.namespaces.hosts`; skips where namespaces cannot be made."""
-    made = []
-
-    def network(number, **link):
-        context = hosts(number, **link)
-        try:
-            both = context.__enter__()
-        except OSError as error:
-            pytest.skip(str(error))
-        made.append(context)
-        return both
-
-    yield network
-    for context in made:
-        context.__exit__(None, None, None)
-
-
 def ask(host, address, seconds=60):
     done = subprocess.run(host.command(sys.executable, "-c", ASK, address, seconds), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

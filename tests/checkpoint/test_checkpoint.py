@@ -17,15 +17,18 @@ from dist_cts import atomic, models
 from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.checkpoint import manager as checkpoint
+from dist_cts.checkpoint import schedule
 from dist_cts.checkpoint.files import MANIFEST, PHI, read_manifest, read_state, task_file, write_manifest
-from dist_cts.checkpoint.manager import CheckpointConfig, CheckpointManager
+from dist_cts.checkpoint.manager import CheckpointManager
 from dist_cts.checkpoint.phi import export_phi, load_phi
+from dist_cts.checkpoint.schedule import CheckpointConfig
 from dist_cts.checkpoint.settings import MAY_DIFFER, config_difference
 from dist_cts.config import Config
 from dist_cts.distributed.placement import data_group, place
 from dist_cts.distributed.process_group import overlapping_groups, process_group
 from dist_cts.distributed.reducer import MetaReducer
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
+from dist_cts.errors import RunError
 from dist_cts.flat import load_named
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
@@ -231,7 +234,8 @@ def test_training_continues_while_a_checkpoint_is_written(alone, tmp_path, monke
     written.set()
     assert run.checkpoints.wait() == K + 2
     assert max(stalls) < 1
-    assert warnings == [f"step {K + 4}: checkpoint skipped, an earlier one is still being written"]
+    (line,) = warnings
+    assert line.startswith(f"step {K + 4}: checkpoint failed: an earlier one is still being written")
     resumed = start(0, 1, tmp_path)
     assert load(resumed) == K + 2
     train(resumed)
@@ -349,6 +353,34 @@ def test_a_run_killed_at_any_file_leaves_the_checkpoint_before(alone, two_checkp
     assert load(again) == 4
 
 
+@pytest.mark.parametrize("order", [sorted, lambda paths: sorted(paths, reverse=True)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_killed_during_a_rename_that_is_not_atomic_leaves_the_checkpoint_before(
+    alone, two_checkpoints, tmp_path, monkeypatch, order
+):
+    """Such as on a mounted object store, which copies a folder file by file."""
+    shutil.copytree(two_checkpoints[0], tmp_path, dirs_exist_ok=True)
+    run = start(0, 1, tmp_path)
+    load(run)
+    train(run, until=K + 1)
+
+    def rename(temporary, path):
+        path.mkdir()
+        *files, _ = order(temporary.iterdir())
+        for file in files:
+            file.rename(path / file.name)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish", rename)
+        assert not save(run, wait=True)
+    warnings = []
+    again = start(0, 1, tmp_path, warn=warnings.append)
+    assert load(again) == 4
+    (line,) = warnings
+    assert line.startswith("skipping a damaged checkpoint: ")
+
+
 def damage_of_one_rank(rank, folder):
     warnings = []
     run = start(rank, 2, folder, warn=warnings.append)
@@ -416,10 +448,10 @@ def test_a_fault_of_one_rank_is_one_warning_and_leaves_the_last_good_checkpoint(
     assert outcomes == outcomes_1 == [True, False, True, False, False, 1]
     assert warnings_1 == []
     assert len(warnings) == 4
-    assert "step 2: checkpoint failed: rank 1: [Errno 28] No space left" in warnings[0]
+    assert "step 2: checkpoint failed: rank 1: No space left on device" in warnings[0]
     assert warnings[0].endswith("training continues, the latest valid one is at step 1")
     assert "step 3: checkpoint failed: no files from rank 1" in warnings[1]
-    assert "step 4: checkpoint skipped, an earlier one is still being written" in warnings[2]
+    assert "step 4: checkpoint failed: an earlier one is still being written" in warnings[2]
     assert "rank 1: task-task%2F3.safetensors not written: tensor 'parameters' holds NaN or Inf" in warnings[3]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-????????")] == ["step-00000001"]
 
@@ -515,6 +547,55 @@ def test_a_folder_that_becomes_read_only_is_one_warning_and_can_still_be_read(al
     assert load(start(0, 1, folder)) == 1
 
 
+def config_that_gives_up(minutes):
+    return RunConfig(checkpoint=CheckpointConfig(every_steps=0, give_up_minutes=minutes))
+
+
+def block(folder):
+    """Nothing can be written into `folder` until the file in its place is removed."""
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def test_a_repeated_failure_is_reported_at_the_1st_10th_and_100th_time(alone, tmp_path):
+    warnings = []
+    run = start(0, 1, tmp_path, config_that_gives_up(0), warn=warnings.append)
+    block(run.checkpoints.folder)
+    for step in range(1, 101):
+        assert not save(run, step=step)
+    assert warnings == [
+        f"step {step}: checkpoint failed: File exists{times}; training continues, no valid checkpoint yet"
+        for step, times in ((1, ""), (10, " (10 times so far)"), (100, " (100 times so far)"))
+    ]
+
+
+def test_a_run_whose_saves_fail_for_too_long_tries_once_more_and_gives_up(alone, tmp_path, monkeypatch):
+    run, clock = start(0, 1, tmp_path, config_that_gives_up(30), warn=lambda line: None), [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    assert save(run, step=1, wait=True)
+    block(run.checkpoints.folder)
+    for clock[0] in (10_000, 10_000 + 29 * 60):  # counted from the first failure, not from the last good save
+        assert not save(run, step=2)
+    clock[0] = 10_000 + 31 * 60
+    with pytest.raises(RunError, match=r"step 3: no checkpoint could be saved for 31 minutes \(.*File exists.*resume"):
+        save(run, step=3)
+    run.checkpoints.folder.unlink()
+    assert save(run, step=4)
+    assert run.checkpoints.newest == 4  # it has waited for this one
+    clock[0] += 10**6
+    block(run.checkpoints.folder)
+    assert not save(run, step=5)  # a good save starts the count again
+
+
+def test_a_deleted_folder_of_checkpoints_is_created_again(alone, tmp_path):
+    run = start(0, 1, tmp_path)
+    for _ in range(2):
+        assert save(run, step=1, wait=True)
+        shutil.rmtree(run.checkpoints.folder)
+    assert save(run, step=1, wait=True)
+    assert load(start(0, 1, tmp_path)) == 1
+
+
 def test_keep_and_keep_every(alone, tmp_path):
     config = RunConfig(checkpoint=CheckpointConfig(every_steps=2, keep=2, keep_every=5))
     run = start(0, 1, tmp_path, config)
@@ -529,13 +610,13 @@ def due_by_the_clock(rank, folder):
     """The steps that are due, and how often the ranks communicated about it; their clocks differ."""
     clock, asked = 0.0, 0
 
-    def counted(value, original=checkpoint.from_rank_0):
+    def counted(value, original=schedule.from_rank_0):
         nonlocal asked
         asked += 1
         return original(value)
 
-    checkpoint.time = SimpleNamespace(monotonic=lambda: clock, sleep=time.sleep)
-    checkpoint.from_rank_0 = counted
+    schedule.time = SimpleNamespace(monotonic=lambda: clock)
+    schedule.from_rank_0 = counted
     run = start(rank, 2, folder, RunConfig(checkpoint=CheckpointConfig(every_steps=0, every_minutes=1)))
     due = []
     for step in range(1, 401):

@@ -3,16 +3,20 @@
     {"rank": 1, "step": 17, "act": "kill", "once": PATH, "at": "gradient", "argument": null}
 
 `run`: only once that folder has a checkpoint. `at`: in the gradient of that step, in the test of theta after it, in the
-writing of a checkpoint's n-th file, or in the loader's thread.
+writing of a checkpoint's n-th file, in the loader's thread, or before the n-th call of a function.
 """
 
 import ctypes
 import json
 import os
+import pkgutil
+import resource
 import signal
 import threading
 import time
 from pathlib import Path
+
+import torch
 
 from dist_cts import atomic
 from dist_cts.data import source
@@ -49,6 +53,13 @@ def fill(path: str) -> None:
     threading.Thread(target=eat, args=(0.002,), daemon=True).start()
 
 
+def exceed_memory() -> None:
+    """Allocates more than the process may have."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+    torch.empty(1 << 30)
+
+
 ACTS = {
     "kill": lambda learner, _: os.kill(os.getpid(), signal.SIGKILL),
     "segv": lambda learner, _: ctypes.string_at(0),
@@ -59,6 +70,7 @@ ACTS = {
     "sleep": lambda learner, seconds: time.sleep(seconds),
     "inf": lambda learner, _: learner.flat.grad[:1].fill_(float("inf")),
     "nan": lambda learner, _: learner.batch[0].fill_(float("nan")),
+    "memory": lambda learner, _: exceed_memory(),
     "fill": lambda learner, path: fill(path),
     "truncate": lambda learner, path: os.truncate(path, 5000),
     "flip": lambda learner, path: flip_bits(path),
@@ -131,5 +143,22 @@ def at_loader() -> None:
     source._ffcv_classes = broken
 
 
+def at_call() -> None:
+    """Before the n-th call of the function whose dotted name is `function`."""
+    owner, _, name = fault["function"].rpartition(".")
+    owner, calls = pkgutil.resolve_name(owner), []
+    function = getattr(owner, name)
+
+    def called(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == fault["step"]:
+            act()
+        return function(*arguments, **options)
+
+    setattr(owner, name, called)
+
+
 if int(os.environ.get("RANK", 0)) == fault["rank"]:
-    {"gradient": at_gradient, "test": at_test, "file": at_file, "loader": at_loader}[fault.get("at", "gradient")]()
+    {"gradient": at_gradient, "test": at_test, "file": at_file, "loader": at_loader, "call": at_call}[
+        fault.get("at", "gradient")
+    ]()

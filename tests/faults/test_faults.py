@@ -6,7 +6,6 @@ forked where torchrun itself is not tested. `make faults` runs all of them, `mak
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -17,82 +16,11 @@ import time
 import pytest
 
 from tests.checkpoint.test_checkpoint import DAMAGES
-from tests.helpers.commands import Command, assert_equal, phi
+from tests.helpers.commands import assert_equal, phi
+from tests.helpers.small_run import LIMIT, RESTARTS, STEPS, errors
 
-STEPS, SAVE = 30, 4
-LIMIT = 120  # seconds after which a run counts as hanging
-RESTARTS = ["--max-restarts=2", "--shutdown-timeout=5"]
 full = pytest.mark.faults
 pytestmark = pytest.mark.timeout(3 * LIMIT)
-
-
-def write_config(path, tasks, run_dir, delay):
-    path.write_text(
-        f"""
-tasks: [a, b]
-episodes: {STEPS // 5}
-inner_steps: 5
-meta_lr: 0.5
-method: {{delay: {delay}}}
-batch_size: 8
-log_every: 5
-reduction: ordered
-timeout_seconds: 30
-run_dir: {run_dir}
-device: cpu
-model: {{name: tiny}}
-data: {{root: {tasks}}}
-checkpoint: {{every_steps: {SAVE}}}
-"""
-    )
-    return path
-
-
-@pytest.fixture(scope="module", params=[0, pytest.param(2, marks=full)], ids=["now", "2 steps late"])
-def delay(request):
-    return request.param
-
-
-@pytest.fixture
-def config(tmp_path, tasks, delay):
-    return write_config(tmp_path / "small.yaml", tasks, tmp_path / "run", delay)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tasks, delay):
-    """phi of an uninterrupted run; with ordered reduction one process is bit-identical to two."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    command = Command("train.py", "--config", write_config(folder / "small.yaml", tasks, folder, delay), folder=folder)
-    code, _, err = command.finish()
-    assert code == 0, err
-    return phi(folder)
-
-
-@pytest.fixture
-def fault(tmp_path):
-    """fault(act, ...): the environment in which a rank has that fault, at a random step after the first checkpoint."""
-
-    def fault(act, rank=1, **details):
-        step = random.Random(f"{act} {rank} {details}").randint(SAVE + 2, STEPS - 3)
-        where = {"once": f"{tmp_path}/once", "run": f"{tmp_path}/run"}
-        return {"FAULT": json.dumps({"act": act, "rank": rank, "step": step, **where, **details})}
-
-    return fault
-
-
-@pytest.fixture
-def train(start, config):
-    """train(*keys, **options): a training by two forked ranks, to its end; exit codes and stderr."""
-
-    def train(*keys, forked=2, **options):
-        code, _, err = start("train.py", "--config", config, *keys, forked=forked, **options).finish(LIMIT)
-        return code, err
-
-    return train
-
-
-def errors(err):
-    return [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +97,76 @@ def test_what_is_not_finite_is_named_and_never_enters_phi(train, fault, tmp_path
     assert codes == [0, 0], err
     assert err.count(f"step {step}: the update of task b is not finite; its learner restarts from phi") == 1, err
     assert all(tensor.isfinite().all() for tensor in phi(tmp_path / "skip").values())
+
+
+START_UP = [
+    ("dist_cts.distributed.process_group._attempt", 1),
+    ("dist_cts.run.train.liveness_checked", 1),
+    ("dist_cts.run.train.build_learners", 1),
+    ("dist_cts.run.train.check_layouts", 1),
+    ("dist_cts.run.train._run", 1),
+    ("dist_cts.run.train.meta_train", 1),
+]
+
+
+@full
+@pytest.mark.parametrize(
+    ("rank", "function", "call", "keys"),
+    [
+        *((rank, *place, []) for rank in (0, 1) for place in START_UP),
+        (0, "dist_cts.run.costs._measure", 1, ["placement=auto"]),
+        (0, "pathlib.Path.rename", 1, ["--fresh"]),
+        (0, "dist_cts.run.folder._claim", 2, ["--fresh"]),  # the old folder has its new name
+    ],
+)
+def test_a_rank_killed_before_the_first_step_is_named_and_loses_nothing(
+    train, fault, tmp_path, uninterrupted, rank, function, call, keys
+):
+    fresh = "--fresh" in keys
+    if fresh:
+        assert train("episodes=1", "seed=1")[0] == [0, 0]
+        old = phi(tmp_path / "run")
+    environment = fault("kill", rank, at="call", function=function, step=call, run=None)
+    codes, err = train(*keys, "timeout_seconds=8", environment=environment)
+    assert codes[rank] == -signal.SIGKILL, err
+    assert codes[1 - rank] == 1, err
+    (line,) = errors(err)
+    assert f"rank {rank}" in line
+    codes, err = train(*keys)
+    assert codes == [0, 0], err
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
+    if fresh:
+        assert_equal(phi(tmp_path / "run.1"), old)
+
+
+@full
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_for_three_seconds_delays_and_changes_nothing(
+    start, config, fault, tmp_path, uninterrupted, rank
+):
+    command = start("train.py", "--config", config, forked=2, environment=fault("stop", rank))
+    deadline = time.monotonic() + LIMIT
+    while not (tmp_path / "once").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(3)
+    os.kill(command.processes[rank].pid, signal.SIGCONT)
+    codes, _, err = command.finish(LIMIT)
+    assert codes == [0, 0], err
+    assert errors(err) == []
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
+
+
+@full
+def test_a_rank_out_of_memory_says_so_and_loses_nothing(train, fault, tmp_path, uninterrupted):
+    codes, err = train("timeout_seconds=8", environment=fault("memory"))
+    assert codes == [1, 1], err
+    assert "Traceback" not in err
+    own, other = sorted(errors(err), reverse=True)
+    assert own.startswith("error: rank 1: out of memory")
+    assert other.startswith("error: rank 1 (task b), in step ")
+    assert train()[0] == [0, 0]
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full
@@ -268,12 +266,6 @@ def test_an_edited_config_is_refused_with_its_keys(train, tmp_path):
     assert codes == [2, 2]
     assert "inner.lr was 0.01, is 0.5" in err
     assert "loss_limit" not in err
-
-
-@pytest.fixture
-def torchrun(start, config):
-    """torchrun(*keys, options, ranks): the same training by torchrun."""
-    return lambda *keys, **options: start("train.py", "--config", config, *keys, **{"ranks": 2, **options})
 
 
 @pytest.fixture

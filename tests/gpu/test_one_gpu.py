@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten
 
 from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig, make_algorithm
-from dist_cts.checkpoint.manager import CheckpointConfig, CheckpointManager
+from dist_cts.checkpoint.manager import CheckpointManager
+from dist_cts.checkpoint.schedule import CheckpointConfig
 from dist_cts.data.batches import DataConfig, TaskBatches
 from dist_cts.data.datasets import DatasetBatches
 from dist_cts.data.source import ResidentSource

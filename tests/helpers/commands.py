@@ -25,12 +25,21 @@ GRACE = 10  # seconds between the failure of one forked rank and the end of the 
 class Command:
     """A running command of launch/.
 
-    By torchrun on `ranks`, with `options`; otherwise as one process, or as `forked` ranks with the environment of a
-    torchrun that does nothing. Forked processes have torch loaded: they start in milliseconds.
+    By torchrun on `ranks`, with `options`, here or on a `host` of benchmarks/namespaces.py; otherwise as one process
+    or as `forked` ranks with the environment of a torchrun that does nothing. Forked processes have torch loaded: they
+    start in milliseconds.
     """
 
     def __init__(
-        self, script, *arguments, ranks=None, forked=None, options=("--standalone",), environment=None, folder
+        self,
+        script,
+        *arguments,
+        ranks=None,
+        forked=None,
+        options=("--standalone",),
+        host=None,
+        environment=None,
+        folder,
     ):
         self.out, self.err = folder / "stdout", folder / "stderr"
         self.out.touch(), self.err.touch()
@@ -41,6 +50,7 @@ class Command:
             environment["PYTHONPATH"] = f"{ROOT / 'tests' / 'faults'}:{environment.get('PYTHONPATH', '')}"
         if not self.forked:
             command = [*TORCHRUN, *options, f"--nproc_per_node={ranks}", *arguments]
+            command = host.command(*command) if host else command
             with self.out.open("w") as out, self.err.open("w") as err:
                 self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
             return

@@ -18,9 +18,14 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 ONE_NODE = "--cpus-per-task=2", ROOT / "launch/slurm/train.sbatch"
 TWO_NODES = "--nodes=2", "--cpus-per-task=1", ROOT / "launch/slurm/train_multinode.sbatch"
 # In a job's first start its ranks take so many seconds more, a batch (SLOW) or before they listen to signals (DEAF):
-# time to disturb them.
+# time to disturb them. On node STUCK torchrun never exits.
 SLOWER = """\
-import os, time
+import atexit, os, signal, time
+def hang():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(3600)
+if "RANK" not in os.environ and os.environ.get("STUCK") == os.environ.get("SLURM_NODEID", "none"):
+    atexit.register(hang)
 if "RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(float(os.environ.get("DEAF", 0)))
     if "SLOW" in os.environ:
@@ -163,3 +168,9 @@ def test_an_error_ends_the_job_and_the_interface_is_the_one_named(cluster):
     state = cluster.finish(job)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), cluster.log(job)
     assert "nosuch0" in cluster.log(job)
+
+
+def test_a_node_whose_torchrun_hangs_does_not_hold_the_job(cluster):
+    job = cluster.sbatch(*TWO_NODES, "small.yaml", INTERFACE="nosuch0", STUCK="1", SLURM_WAIT="5")
+    state = cluster.finish(job)
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), cluster.log(job)

@@ -210,7 +210,10 @@ class CheckpointManager:
             saved = with_new_keys(manifest.config, config)
             differing = config_difference(saved, config.model_dump(mode="json"), may_differ)
             if differing:
-                raise ValueError(f"the config does not match checkpoint {path}: {'; '.join(differing)}")
+                raise ValueError(
+                    f"the config does not match checkpoint {path}: {'; '.join(differing)}; restore these values, "
+                    "choose another run_dir, or pass --fresh"
+                )
             layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in state.learners}
             for name, now in {PHI: state.fingerprint, **layouts}.items():
                 if manifest.files[name].layout != now:

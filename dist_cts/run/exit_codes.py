@@ -1,15 +1,20 @@
 """Exit codes; turns the errors of a command into one line on stderr and an exit code for schedulers."""
 
 import faulthandler
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from dist_cts.errors import RunError
 
 DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint; run the same command to resume
+TORCHRUN_SECONDS = 5.0  # after which a torchrun that watches a failed rank has ended the others
 
 
 def finish(command: Callable[[], int]) -> int:
@@ -30,9 +35,26 @@ def finish(command: Callable[[], int]) -> int:
         code, text = ERROR, str(error)
     except KeyboardInterrupt:
         code, text = ERROR, "interrupted; run the same command to resume from the newest checkpoint"
+    report(text, speaker)
+    return code
+
+
+def report(text: str, speaker: int = 0) -> None:
+    """Prints an error on rank `speaker`; the other ranks are silent.
+
+    torchrun ends with a report of its own. It quotes our line there, as the root cause, if it finds it in the file that
+    it named to the rank. The other ranks wait until torchrun ends them, or they would be listed as failures too.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if int(os.environ.get("RANK", 0)) == speaker:
         print(f"error: {text}", file=sys.stderr, flush=True)
-    return code
+        if file:
+            details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            with suppress(OSError):
+                Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
+    elif file and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(DONE))
+        time.sleep(TORCHRUN_SECONDS)
 
 
 def exit_process(code: int) -> NoReturn:

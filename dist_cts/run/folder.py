@@ -29,10 +29,11 @@ PACKAGES = ("dist_cts", "torch", "torchvision", "numpy", "ffcv")
 STOPPED = "stopped"  # marks exit code 75, which torchrun turns into 1; the batch scripts check it
 
 
-def claim(folder: Path, fresh: bool = False) -> IO[str]:
+def claim(folder: Path, fresh: bool = False, key: str = "run_dir") -> IO[str]:
     """Locks the run folder until the returned file is closed, and removes temporary files of killed runs.
 
     `fresh` renames a folder that holds a run to the first free name FOLDER.1, FOLDER.2, ... and creates a new one.
+    `key`: the folder's key in the configuration, for the message.
 
     Raises:
         ValueError: another run holds the lock; the message names its process and host.
@@ -46,7 +47,7 @@ def claim(folder: Path, fresh: bool = False) -> IO[str]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another run"
-            raise ValueError(f"{folder} is in use by {holder}: stop it, or choose another run_dir") from None
+            raise ValueError(f"{folder} is in use by {holder}: stop it, or choose another {key}") from None
         if fresh and (folder / "checkpoints").exists():
             numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
             folder.rename(next(path for path in numbered if not path.exists()))
@@ -69,7 +70,7 @@ def writing(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or error
+        why = "it is not a folder" if os.path.lexists(folder) and not folder.is_dir() else error.strerror or error
         raise OSError(f"cannot write to {folder} ({why}); fix that, then run the same command to resume") from error
 
 

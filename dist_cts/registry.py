@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dist_cts.config_faults import words
+
 Row = TypeVar("Row")
 OWN = "--import MODULE adds your own"
 
@@ -43,7 +45,7 @@ def check_options(key: str, function: Callable, given: Mapping[str, Any], skip: 
         try:
             TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"{key}.{name}={value!r}: {error.errors()[0]['msg']}") from None
+            raise ValueError(f"{key}.{name}={value!r}: {words(error.errors()[0])}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

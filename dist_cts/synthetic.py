@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.config import Config
+from dist_cts.config_faults import words
 from dist_cts.distributed.placement import place
 from dist_cts.distributed.process_group import process_group
 from dist_cts.distributed.reducer import MetaReducer
@@ -81,10 +82,9 @@ def load_environment(name: str) -> Environment:
     try:
         return Environment.model_validate_json(Path(name).read_bytes())
     except ValidationError as error:
-        faults = [
-            ": ".join((*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, "))) for fault in error.errors()
-        ]
-        raise ValueError(f"{name}: {'; '.join(faults)}") from None
+        faults = error.errors(include_url=False)
+        text = "; ".join(": ".join((*map(str, fault["loc"]), words(fault))) for fault in faults)
+        raise ValueError(f"{name}: {text}") from None
 
 
 def losses(env: Environment, points: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from dist_cts import config
-from dist_cts.commands import plot, train
+from dist_cts.commands import COMMANDS, plot, train
 from tests.helpers.commands import ENVIRONMENT, ROOT, TORCHRUN
 
 SHORT = ["tasks=[digits, colours]", "model={name: tiny}", "episodes=1", "inner_steps=4", "batch_size=8", "log_every=2"]
@@ -78,7 +78,7 @@ def test_the_commands_are_listed_without_torch(run):
     assert all(f"\n    {name}" in out for name in ("prepare", "train", "meta-test", "synthetic", "plot"))
     code, _, err = run("trian")
     assert code == 2
-    assert "invalid choice: 'trian'" in err
+    assert err == f"error: unknown command 'trian'; did you mean 'train'? commands: {', '.join(COMMANDS)}\n"
     check = "import sys, dist_cts.commands.train, dist_cts.commands.meta_test; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}).returncode == 0
 

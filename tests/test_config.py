@@ -1,5 +1,6 @@
 """Configs: strict, and every file in configs/ loads."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -110,17 +111,33 @@ def test_a_base_file_is_extended(write):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("tasks: [a]\ninner: {learning_rate: 1}", [], r"unknown key 'inner.learning_rate'; known keys here: optimizer"),
-        ("tasks: [a]\nepisode: 1", [], r"unknown key 'episode'; did you mean 'episodes'\?"),
-        ("tasks: [a]", ["episodes=many"], r"'episodes' is 'many': Input should be a valid integer"),
-        ("tasks: [a]", ["inner.lr=-1"], r"'inner.lr' is -1: Input should be greater than 0"),
-        ("tasks: [a]", ["device=tpu"], r"'device' is 'tpu': Input should be 'auto', 'cpu' or 'cuda'"),
+        (
+            "tasks: [a]\ninner: {learning_rate: 1}",
+            [],
+            r"a.yaml:2: unknown key 'inner.learning_rate'; did you mean 'inner.lr'\?",
+        ),
+        ("tasks: [a]\nepisode: 1", [], r"a.yaml:2: unknown key 'episode'; did you mean 'episodes'\?"),
+        ("tasks: [a]", ["episodes=many"], r"command line: episodes is 'many': expected an integer"),
+        ("tasks: [a]\ninner:\n  lr: -1", [], r"a.yaml:3: inner.lr is -1: expected a number above 0"),
+        ("tasks: [a]\ninner:\n  lr: 1", ["inner.lr=-1"], r"^command line: inner.lr is -1: expected a number above 0"),
+        ("base: base.yaml\nseed: 1", [], r"base.yaml:2: episodes is 0: expected a number above 0"),
+        ("tasks: [a]", ["device=tpu"], r"device is 'tpu': expected 'auto', 'cpu' or 'cuda'; did you mean 'cpu'\?"),
         ("tasks: [a]", ["episodes"], r"override 'episodes': expected section.key=value"),
-        ("tasks: []", [], r"'tasks' is \[\]: List should have at least 1 item"),
-        ("episodes: 3", [], r"'tasks' is required"),
+        ("tasks: []", [], r"a.yaml:1: tasks is \[\]: expected 1 or more, found 0"),
+        ("episodes: 3", [], r"a.yaml: 'tasks' is required"),
+        (
+            "tasks: [a]\nseed: 1\nseed: 2",
+            [],
+            r"a.yaml:3: not a YAML file: duplicate key 'seed', first on line 2; remove one",
+        ),
+        ("tasks: [a]\ninner:\n\tlr: 1", [], r"a.yaml:3: not a YAML file: .*indent with spaces, not tabs"),
         ("- a\n- b", [], r"expected `key: value` lines, found a list"),
         ("tasks: [a", [], r"not a YAML file"),
-        ("tasks: [a, b]\nalgorithm: mtl", ["inner.optimizer=adam"], r"algorithm=mtl with inner.optimizer=adam"),
+        (
+            "tasks: [a, b]\nalgorithm: mtl",
+            ["inner.optimizer=adam"],
+            r"a.yaml:2: algorithm=mtl with inner.optimizer=adam",
+        ),
         (
             "tasks: [a]\nalgorithm: mtl",
             ["outer.momentum=0.9"],
@@ -135,6 +152,7 @@ def test_a_base_file_is_extended(write):
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(write, text, overrides, message):
+    write("tasks: [a]\nepisodes: 0\n", "base.yaml")
     path = write(text)
     with pytest.raises(ValueError, match=message) as caught:
         config.load(TrainConfig, path, overrides)
@@ -153,7 +171,52 @@ def test_help_shows_what_holds(model):
     shown = {line.split(" = ")[0].strip(): line.split(" = ", 1)[1] for line in config.describe(model)}
     assert shown.keys() == empty.keys()
     for key in empty.keys() - required.keys():
-        assert shown[key].startswith(str(empty[key])), key
+        assert yaml.safe_load(shown[key].split("   ")[0]) in (empty[key], str(empty[key])), key
+    assert not re.search(r"= (None|True|False)\b", "\n".join(config.describe(model)))
+
+
+# In each line, what pydantic would say.
+PYDANTIC = re.compile(
+    r"Input should|valid (dictionary|list|integer|number|string)|instance of|ensure|unable to parse|type="
+)
+WRONG = ["-1", "0.5", "x", "null", "[1]", "{x: 1}", ".inf"]
+
+
+@pytest.mark.parametrize("model", [TrainConfig, MetaTestConfig])
+def test_no_key_answers_a_wrong_value_in_the_words_of_pydantic(model):
+    required = {"tasks": ["t"]} if model is TrainConfig else {"targets": ["t"]}
+    given = "tasks=[t]" if model is TrainConfig else "targets=[t]"
+    refused = []
+    for key in [*flatten(model.model_validate(required).model_dump()), *model.model_fields]:
+        for value in WRONG:
+            try:
+                config.load(model, None, [given, f"{key}={value}"])
+            except ValueError as error:
+                refused.append((key, str(error)))
+    for key, line in refused:
+        assert line.startswith("command line: "), line
+        assert key in line, line
+        assert not PYDANTIC.search(line), line
+    assert len({key for key, _ in refused}) > 20
+
+
+@pytest.mark.parametrize("model", [TrainConfig, MetaTestConfig])
+def test_every_synonym_leads_to_a_key_or_a_sentence(model):
+    keys = {line.split()[0] for line in config.describe(model)}
+    assert all(meant in keys or " " in meant for meant in model.synonyms.values())
+    assert not (keys | model.model_fields.keys()) & model.synonyms.keys()
+
+
+def test_an_error_after_loading_that_begins_with_a_key_gets_the_place_of_its_value(write):
+    path = write("tasks: [a]\nmodel: {name: vgg}\n")
+    for text, place in (
+        ("model.name='vgg': x", f"{path}:2: "),
+        ("rank 1: seed=3: x", "command line: "),
+        ("task: x", ""),
+    ):
+        with pytest.raises(ValueError, match=r"x$") as caught, config.blamed(path, ["seed=3"]):
+            raise ValueError(text)
+        assert str(caught.value) == place + text
 
 
 def test_help_lists_every_key():

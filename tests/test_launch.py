@@ -118,11 +118,11 @@ def test_a_stop_request_writes_a_checkpoint_and_the_same_command_finishes_with_t
     ("keys", "code", "message"),
     [
         (["innr.lr=1"], 2, "unknown key 'innr'; did you mean 'inner'?"),
-        (["batch_size=x"], 2, "'batch_size' is 'x': Input should be a valid integer"),
+        (["batch_size=x"], 2, "error: command line: batch_size is 'x': expected an integer"),
         (["algorithm=maml"], 2, "algorithm='maml': unknown; did you mean"),
         (["init=ResNet18_Weights.BEST"], 2, "torchvision has no weights ResNet18_Weights.BEST; see"),
         (["model.name=vgg"], 2, "model.name='vgg': choose one of resnet20"),
-        (["tasks=[a, nothere]"], 2, "task 'nothere': there is no folder"),
+        (["tasks=[a, nothere]"], 2, "; prepared: a, b, c, d"),
         (["step=graph"], 2, "step=graph needs a GPU, the device is cpu; set step=eager"),
         (["tasks=[{name: a, classes: 7}]"], 2, "task a: the config says 7 classes, "),
         (["tasks=[a, a]"], 2, "tasks: duplicate task name 'a' in a, a"),
@@ -143,7 +143,7 @@ def test_a_missing_task_of_one_rank_ends_all_ranks_with_one_line(start, config):
     assert code == 1  # torchrun's own, whatever the ranks gave
     assert err.count("error:") == 1, err
     assert "error: rank 1: " in err
-    assert "task 'nothere': there is no folder" in err
+    assert "no prepared task 'nothere' in /" in err
 
 
 def test_a_world_size_that_fits_no_layout_is_one_line(run, config):

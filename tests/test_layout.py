@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dist_cts"
 FLOORS = (
     ("__init__",),
-    ("atomic", "config", "errors", "flat", "progress", "registry", "schedules", "seeds"),
+    ("atomic", "config", "config_faults", "errors", "flat", "progress", "registry", "schedules", "seeds", "yaml_file"),
     ("losses", "optimizer"),
     ("data", "learner", "models"),
     ("algorithms", "data.prepare", "distributed", "state"),

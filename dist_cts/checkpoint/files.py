@@ -12,8 +12,10 @@ over ranks. Here one rank holds all of a task's state, so one file per task can 
 
 import hashlib
 import json
+import shutil
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +137,14 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     if not valid:
         raise ValueError(f"{path} is truncated or corrupt")
     return CheckpointManifest.model_validate(values)
+
+
+def set_aside(damaged: Sequence[Path]) -> None:
+    """Renames the folders of damaged checkpoints to step-S.damaged."""
+    for path in damaged:
+        shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+        with suppress(OSError):  # not writable: the next save reports it
+            path.rename(path.with_suffix(".damaged"))
 
 
 def _sha256(data: bytes) -> str:

@@ -23,6 +23,7 @@ from dist_cts.checkpoint.files import (
     StoredFile,
     read_manifest,
     read_state,
+    set_aside,
     step_folder,
     task_file,
     to_host,
@@ -216,7 +217,7 @@ class CheckpointManager:
             state.progress.step = self.newest = step
             self._schedule.resumed(step)
             if self.placement.rank == 0:
-                self._set_aside(damaged)
+                set_aside(damaged)
             return step
         if damaged:
             raise ValueError(f"{self.folder}: no valid checkpoint among {len(damaged)}; restore one or pass --fresh")
@@ -241,7 +242,10 @@ class CheckpointManager:
             saved = with_new_keys(manifest.config, config)
             differing = config_difference(saved, config.model_dump(mode="json"), may_differ)
             if differing:
-                raise ValueError(f"the config does not match checkpoint {path}: {'; '.join(differing)}")
+                raise ValueError(
+                    f"the config does not match checkpoint {path}: {'; '.join(differing)}; restore these values, "
+                    "choose another run_dir, or pass --fresh"
+                )
             layouts = {task_file(learner.name): learner.flat.layout.fingerprint() for learner in state.learners}
             for name, now in {PHI: state.fingerprint, **layouts}.items():
                 if manifest.files[name].layout != now:
@@ -314,17 +318,11 @@ class CheckpointManager:
         return files
 
     def _prune(self) -> None:
-        older = [step for step in self.steps() if step <= self.newest]
+        older, every = [step for step in self.steps() if step <= self.newest], self.config.keep_every
         for step in older[: -self.config.keep]:
-            if not (self.config.keep_every and step % self.config.keep_every == 0):
+            if not every or step % every:
                 shutil.rmtree(self.folder / step_folder(step), ignore_errors=True)
 
     def _remove_leftovers(self, but: Path | None = None) -> None:
         for path in set(self.folder.glob("step-*.tmp")) - {but}:
             shutil.rmtree(path, ignore_errors=True)
-
-    def _set_aside(self, damaged: Sequence[Path]) -> None:
-        for path in damaged:
-            shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-            with suppress(OSError):  # not writable: the next save reports it
-                path.rename(path.with_suffix(".damaged"))

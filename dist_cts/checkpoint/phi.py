@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
+from os.path import expanduser
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -60,7 +61,7 @@ def load_phi(source: Source, model: ModelConfig | None = None) -> dict[str, Tens
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
+    path = Path(expanduser(source))
     if re.fullmatch(_HUB, str(source)):
         path = _from_hub(str(source))
     elif re.fullmatch(_WEIGHTS, str(source)):
@@ -71,7 +72,7 @@ def load_phi(source: Source, model: ModelConfig | None = None) -> dict[str, Tens
             return found
         path = found
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
+        raise FileNotFoundError(f"{path}: {_in_folder(path) if path.is_dir() else 'file not found'}")
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: expected a .safetensors file or a state dict (.pt, .pth)")
     try:
@@ -111,10 +112,11 @@ def named_starts(arguments: Iterable[str]) -> dict[str, str]:
     starts: dict[str, str] = {}
     for argument in arguments:
         name, _, source = argument.rpartition("=")
+        source = expanduser(source)  # the shell does not expand it behind NAME=
         path = Path(source)
         snapshots = sorted(path.glob("phi_*.safetensors"), key=_step) if path.is_dir() else []
         if path.is_dir() and not snapshots:
-            raise ValueError(f"{path}: expected a file, or a folder of phi_STEP.safetensors (see snapshot_every)")
+            raise ValueError(f"{path}: {_in_folder(path)}, or a folder of phi_STEP.safetensors (see snapshot_every)")
         if not name and re.fullmatch(_HUB, source):
             name = path.name.partition("@")[0]
         name = name or (source if re.fullmatch(_WEIGHTS, source) else run_dir_of(path).name)
@@ -129,6 +131,13 @@ def run_dir_of(path: Path) -> Path:
     """The run folder of a phi, of a snapshot, or of a folder of snapshots."""
     folder = path if path.is_dir() else path.parent
     return (folder.parent if folder.name == SNAPSHOTS else folder).resolve()
+
+
+def _in_folder(folder: Path) -> str:
+    found = next(
+        (run / "phi.safetensors" for run in (folder, folder.parent) if (run / "phi.safetensors").is_file()), ""
+    )
+    return "a folder; expected a file" + (f", such as {found}" if found else "")
 
 
 def _step(snapshot: Path) -> int:

@@ -26,7 +26,7 @@ def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any], may_diff
     """The keys whose values differ, such as `inner.lr was 0.05, is 0.1`, except keys and sections in `may_differ`."""
     before, after = dict(_leaves(saved)), dict(_leaves(now))
     return [
-        f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}"
+        f"{key} was {_names(before.get(key, 'absent'))}, is {_names(after.get(key, 'absent'))}"
         for key in sorted(before.keys() | after.keys())
         if (key in before, before.get(key)) != (key in after, after.get(key))
         and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
@@ -39,3 +39,11 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _names(value: Any) -> Any:
+    """A list of sections that only have a name, such as `tasks`, as these names."""
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        return value
+    given = [{key: part for key, part in item.items() if part is not None} for item in value]
+    return [item["name"] if item.keys() == {"name"} else item for item in given]

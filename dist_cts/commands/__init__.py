@@ -1,11 +1,12 @@
 """The commands: `dist-cts NAME ...`, also as `python -m dist_cts NAME ...`; each one is a module of this package."""
 
-import argparse
+import difflib
 import importlib
 import sys
 from typing import NoReturn
 
-from dist_cts.run.exit_codes import exit_process
+from dist_cts.commands.parser import Parser
+from dist_cts.run.exit_codes import USAGE, exit_process, report
 
 COMMANDS = {
     "prepare": "make tasks from datasets",
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command that the first argument names, with the others, and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in COMMANDS:
-        parser = argparse.ArgumentParser(
+        parser = Parser(
             prog="dist-cts",
             description="Distributed large-scale meta-learning with continual trajectory shifting.",
             epilog="Options: dist-cts COMMAND --help. On N ranks: torchrun --nproc_per_node=N -m dist_cts COMMAND",
@@ -30,6 +31,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         commands = parser.add_subparsers(metavar="COMMAND", required=True)
         for name, help in COMMANDS.items():
             commands.add_parser(name, help=help)
+        if arguments and not arguments[0].startswith("-"):
+            near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            report(f"unknown command {arguments[0]!r}; {hint}commands: {', '.join(COMMANDS)}")
+            exit_process(USAGE)
         parser.parse_args(arguments)
     module = importlib.import_module(f"dist_cts.commands.{arguments[0].replace('-', '_')}")
-    exit_process(module.main(arguments[1:]))
+    try:
+        code = module.main(arguments[1:])
+    except SystemExit as usage:  # of argparse: --help, or a mistake
+        code = usage.code or 0
+    exit_process(code)

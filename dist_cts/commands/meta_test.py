@@ -6,6 +6,7 @@ import sys
 from dist_cts import config
 from dist_cts.commands import IMPORT
 from dist_cts.commands.demo import draw_missing
+from dist_cts.commands.parser import Parser
 from dist_cts.run.exit_codes import finish
 
 EPILOG = """\
@@ -25,7 +26,7 @@ ResNet18_Weights.IMAGENET1K_V1; NAME appears in the tables (default: the run fol
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dist-cts meta-test",
         description="Adapt phi, and random initialization, to target tasks; report test accuracy over several seeds.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         import_modules(args.imports)
         settings = config.load(MetaTestConfig, file, args.overrides)
         draw_missing(file, settings.data.root, settings.targets)
-        return meta_test(settings, args.phi, name=file.stem)
+        with config.blamed(file, args.overrides):
+            return meta_test(settings, args.phi, name=file.stem)
 
     return finish(command)

@@ -1,13 +1,13 @@
 """`dist-cts plot`: draws the training curves of runs."""
 
-import argparse
 from pathlib import Path
 
+from dist_cts.commands.parser import Parser
 from dist_cts.run.exit_codes import DONE, finish
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dist-cts plot",
         description="Draw loss, metrics and steps per second against the inner steps per task: of one run a line per "
         "task, of several the means over their tasks. Values on the test splits (eval_every) are dashed.",

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from dist_cts.commands.parser import Parser
+from dist_cts.config_faults import words
 from dist_cts.data import beton
 from dist_cts.data.manifest import Manifest
 from dist_cts.data.prepare import catalog, contact_sheet, suites
@@ -37,8 +39,8 @@ def folder_name(text: str) -> str:
     return text
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    parser = Parser(
         prog="dist-cts prepare",
         usage="dist-cts prepare (DATASET | --suite SUITE) [--root RAW] --out BETON_DIR [options]; see --help",
         description="Prepare a dataset as a task: train.beton, test.beton and their manifests. "
@@ -89,12 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
     if bool(args.dataset) == bool(args.suite):
         usage.error("expected either a dataset or --suite")
     try:
-        options = Options(**{key: getattr(args, key) for key in Options.model_fields})
+        options = Options.model_validate({key: getattr(args, key) for key in Options.model_fields})
         tasks = suites.suite(args.suite) if args.suite else [suites.SuiteTask(dataset=args.dataset)]
         entries = [task.entry for task in tasks]
     except ValidationError as error:
         fault = error.errors()[0]
-        usage.error(f"argument --{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, not {fault['input']}")
+        usage.error(f"argument --{str(fault['loc'][0]).replace('_', '-')} is {fault['input']}: {words(fault)}")
     except (ValueError, FileNotFoundError) as fault:
         usage.error(str(fault))
     if args.workers < 1:
@@ -103,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         entry.needs_root and not task.root for entry, task in zip(entries, tasks, strict=True)
     ):
         usage.error(f"{args.dataset or args.suite} needs --root, the folder of the raw data")
+    if args.out.exists() and not args.out.is_dir():
+        usage.error(f"--out {args.out}: is not a folder; choose the folder that shall hold the tasks")
     if args.name and args.suite:
         usage.error("--name cannot be combined with --suite")
     if args.download and not args.suite and not entries[0].download:
@@ -162,9 +166,7 @@ def _suite(tasks: list[suites.SuiteTask], options: Options, args: argparse.Names
 
 
 def _list(arguments: list[str]) -> int:
-    argparse.ArgumentParser(prog="dist-cts prepare list", description="List the datasets and suites.").parse_args(
-        arguments
-    )
+    Parser(prog="dist-cts prepare list", description="List the datasets and suites.").parse_args(arguments)
     for entry in catalog.CATALOG.values():
         train, test = entry.counts or (None, None)
         size = f"{train:,} train, {f'{test:,}' if test else 'no'} test images, " if entry.counts else ""
@@ -186,7 +188,7 @@ def _list(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    usage = argparse.ArgumentParser(prog="dist-cts prepare verify", description="Verify .beton files.")
+    usage = Parser(prog="dist-cts prepare verify", description="Verify .beton files.")
     usage.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".beton files, or folders that contain them")
     paths, faults = usage.parse_args(arguments).paths, 0
     for path in paths:
@@ -204,7 +206,7 @@ def _verify(arguments: list[str]) -> int:
 
 
 def _show(arguments: list[str]) -> int:
-    usage = argparse.ArgumentParser(prog="dist-cts prepare show", description="Draw random images with their labels.")
+    usage = Parser(prog="dist-cts prepare show", description="Draw random images with their labels.")
     usage.add_argument("beton", type=Path, help="a .beton file")
     usage.add_argument("--to", type=Path, required=True, help="the PNG to write")
     usage.add_argument("--count", type=int, default=40, help="number of images (default: 40)")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from dist_cts.commands.parser import Parser
 from dist_cts.errors import RunError
 from dist_cts.learner import InnerConfig
 from dist_cts.run.exit_codes import DONE, finish
@@ -31,6 +32,7 @@ def number(low: float, high: float = math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return float(text)
 
+    parse.__name__ = "number"  # argparse shows it
     return parse
 
 
@@ -46,8 +48,8 @@ def inner_config(optimizer: str, lr: float, momentum: float) -> InnerConfig:
     return InnerConfig(optimizer=name, lr=lr, momentum=0 if optimizer == "sgd" else momentum, weight_decay=0)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    parser = Parser(
         prog="dist-cts synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, positive, finite = parser.add_argument, number(0), number(-math.inf)

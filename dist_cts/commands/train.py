@@ -7,6 +7,7 @@ import sys
 from dist_cts import config
 from dist_cts.commands import IMPORT
 from dist_cts.commands.demo import DEMO, draw_missing
+from dist_cts.commands.parser import Parser
 from dist_cts.run.exit_codes import finish
 
 EPILOG = """\
@@ -28,7 +29,7 @@ CONFIG = f"{config.HELP}; default: the demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dist-cts train",
         description="Meta-train a shared initialization phi over many tasks, one task learner per rank.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         import_modules(args.imports)
         settings = config.load(TrainConfig, file, args.overrides)
         draw_missing(file, settings.data.root, settings.task_names)
-        return train(settings.with_run_dir(file), args.fresh)
+        with config.blamed(file, args.overrides):
+            return train(settings.with_run_dir(file), args.fresh)
 
     return finish(command)

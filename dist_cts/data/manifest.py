@@ -8,7 +8,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from dist_cts.atomic import replace_file, seal
 from dist_cts.config import Config
+from dist_cts.config_faults import words
 
+TASK_NAME = r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$"  # a plain folder name: no separators, not . or ..
 AGAIN = "prepare the task again with `dist-cts prepare`"
 
 
@@ -59,9 +61,9 @@ def read_manifest(path: str | Path) -> Manifest:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: manifest not found; {AGAIN}") from None
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = " ".join([".".join(map(str, fault["loc"])), fault["msg"]])
-        raise ValueError(f"{path}: not a valid manifest: {' '.join(where.split())}; {AGAIN}") from None
+        fault = error.errors(include_url=False)[0]
+        where = ": ".join((*map(str, fault["loc"]), words(fault)))
+        raise ValueError(f"{path}: not a valid manifest: {where}; {AGAIN}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid manifest: {error}; {AGAIN}") from None
     if written not in (None, seal(values)):

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dist_cts.data.batches import DataConfig, TaskBatches, open_task, test_batches
 from dist_cts.data.datasets import DATASETS, DatasetBatches, DatasetSplit
+from dist_cts.data.manifest import read_manifest
 from dist_cts.data.source import Source
 from dist_cts.data.streams import Stream, StreamBatches, StreamSplit
 
@@ -84,16 +86,45 @@ def open_split(name: str, split: str, config: DataConfig, device: torch.device) 
         return StreamSplit(DATASETS[name], name, split, device)
     if name in DATASETS:
         return DatasetSplit(name, split, config.dataset_workers, device)
-    folder = config.root / name
-    if not folder.is_dir():
-        prepared = [path.name for path in config.root.iterdir() if path.is_dir()] if config.root.is_dir() else []
-        near = difflib.get_close_matches(name, {*prepared, *DATASETS}, n=3)
-        make = "prepare it with `dist-cts prepare`, or --import the module that registers it"
-        hint = f"did you mean {' or '.join(near)}?" if near else make
+    root = config.root.absolute()
+    if not (root / name).is_dir():
+        raise FileNotFoundError(_missing(name, root))
+    if not [*(root / name).glob("*.beton"), *(root / name).glob("*.json")]:
         raise FileNotFoundError(
-            f"task {name!r}: there is no folder {folder} and no dataset of this name is registered; {hint}"
+            f"{root / name} is not a prepared task; if it is a folder of images, prepare it: "
+            f"dist-cts prepare image-folder --root {root / name} --out DIR, then set data.root=DIR"
         )
-    return PreparedSplit(open_task(folder, split, config, device), config)
+    return PreparedSplit(open_task(config.root / name, split, config, device), config)
+
+
+def contents(name: str, config: DataConfig) -> list[str]:
+    """Fingerprints of the train and test split of a task; reads no images of a prepared one."""
+    if name in DATASETS:
+        opened = [open_split(name, split, config, torch.device("cpu")) for split in ("train", "test")]
+        return [getattr(split, "fingerprint", "") for split in opened]
+    return [read_manifest(config.root / name / split).sha256 for split in ("train", "test")]
+
+
+def _missing(name: str, root: Path) -> str:
+    """Why there is no such task, what else there is, and what to do."""
+    if not root.is_dir():
+        return f"no prepared task {name!r}: {root} does not exist; set data.root, or prepare it: dist-cts prepare"
+    if (root / "train.beton").is_file():
+        return f"no prepared task {name!r} in {root}, which is a task itself; set data.root={root.parent}"
+    prepared = sorted(path.parent.name for path in root.glob("*/train.json"))
+    near = difflib.get_close_matches(name, [*prepared, *DATASETS], n=3)
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else "prepare it: dist-cts prepare (a dataset: --import its module);"
+    )
+    text = f"no prepared task {name!r} in {root}; {hint} prepared: {_listed(prepared)}"
+    return text + (f"; datasets: {_listed(list(DATASETS))}" if DATASETS else "")
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"
 
 
 def check_prepared(split: Split, name: str) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_cts.atomic import replace_file
-from dist_cts.config import read_yaml
 from dist_cts.losses import RESERVED
 from dist_cts.run.curves import read_records
+from dist_cts.yaml_file import read_yaml
 
 TABLE = "meta_test/meta_test.md"  # in the run folder, once there was a meta-test
 

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from dist_cts.algorithms.outer import OuterConfig
 from dist_cts.algorithms.table import ALGORITHMS, MethodConfig
@@ -13,6 +13,7 @@ from dist_cts.checkpoint.schedule import CheckpointConfig
 from dist_cts.config import CONFIGS, Config
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.few_shot import FewShotConfig
+from dist_cts.data.manifest import TASK_NAME
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
 from dist_cts.distributed.reducer import Reduction
 from dist_cts.learner import InnerConfig, ResetConfig
@@ -23,14 +24,35 @@ from dist_cts.models import ModelConfig
 class TaskConfig(Config):
     """One task: the name of its prepared folder, and its own settings."""
 
-    name: str
+    name: str = Field(pattern=TASK_NAME)
     classes: int | None = Field(None, gt=0, description="checked against the manifest")
     batch_size: int | None = Field(None, gt=0, description="this task's own batch size")
     loss: LossField | None = Field(None, description="this task's own loss")
     pool: str | None = Field(None, description="few-shot: the prepared task that its episodes are drawn from")
 
 
-Task = Annotated[TaskConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
+_RANKS = "the number of ranks is torchrun's: torchrun --nproc_per_node=N"
+# What other programs call these keys: see Config.synonyms.
+SYNONYMS = {
+    **dict.fromkeys(("lr", "learning_rate", "inner_lr", "alpha", "base_lr"), "inner.lr"),
+    **dict.fromkeys(("optim", "optimizer", "opt"), "inner.optimizer"),
+    **dict.fromkeys(("wd", "weight_decay", "l2"), "inner.weight_decay"),
+    **dict.fromkeys(("bs", "batch", "batchsize", "train_batch_size", "per_device_train_batch_size"), "batch_size"),
+    **dict.fromkeys(("arch", "backbone", "network", "net", "architecture", "model_name"), "model.name"),
+    **dict.fromkeys(("data_dir", "data_path", "dataroot", "data_root", "root", "dataset_dir"), "data.root"),
+    **dict.fromkeys(("num_workers", "workers"), "data.workers"),
+    **dict.fromkeys(("random_seed", "rng_seed"), "seed"),
+    **dict.fromkeys(("cuda", "gpu", "accelerator", "use_cuda", "no_cuda"), "device"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "dtype", "mixed_precision", "half"), "precision"),
+    **dict.fromkeys(("gpus", "ngpus", "num_gpus", "devices", "nproc", "nproc_per_node", "world_size", "ranks"), _RANKS),
+    **dict.fromkeys(("nodes", "nnodes", "num_nodes"), "the number of nodes is torchrun's: torchrun --nnodes=N"),
+    "base": "only a file can have a `base:`",
+}
+
+
+Task = Annotated[
+    TaskConfig, BeforeValidator(lambda value: value if isinstance(value, Mapping | TaskConfig) else {"name": value})
+]
 
 
 class FewShotPool(FewShotConfig):
@@ -41,6 +63,24 @@ class FewShotPool(FewShotConfig):
 
 class TrainConfig(Config):
     """A meta-training run; the defaults are those of the paper's section 4.2."""
+
+    synonyms: ClassVar[dict[str, str]] = SYNONYMS | {
+        **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs", "meta_steps", "iterations"), "episodes"),
+        **dict.fromkeys(
+            ("steps", "num_steps", "max_steps", "k", "inner_loop_steps", "adaptation_steps"), "inner_steps"
+        ),
+        **dict.fromkeys(("outer_lr", "beta", "meta_learning_rate", "outer_learning_rate", "meta_step_size"), "meta_lr"),
+        **dict.fromkeys(("output_dir", "output", "out", "out_dir", "log_dir", "logdir", "save_dir"), "run_dir"),
+        **dict.fromkeys(("task", "dataset", "datasets", "train_tasks"), "tasks"),
+        "algo": "algorithm",
+        **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule"), "inner.schedule"),
+        **dict.fromkeys(("pretrained", "weights", "init_from", "phi", "initialization"), "init"),
+        **dict.fromkeys(("save_every", "save_steps", "checkpoint_every", "save_interval"), "checkpoint.every_steps"),
+        **dict.fromkeys(("log_interval", "logging_steps", "print_every"), "log_every"),
+        **dict.fromkeys(("val_every", "eval_interval", "eval_steps", "test_every"), "eval_every"),
+        **dict.fromkeys(("resume", "resume_from", "ckpt"), "the same command resumes; --fresh starts from scratch"),
+        "targets": "it belongs to configurations of meta-test; training has 'tasks'",
+    }
 
     algorithm: str = Field("cts", description=", ".join(ALGORITHMS))
     episodes: int = Field(200, gt=0, description="M, number of episodes; each starts by resetting every learner to phi")
@@ -101,10 +141,15 @@ class TrainConfig(Config):
         """With few_shot, [omniglot] becomes omniglot-1, omniglot-2, ..., each with pool omniglot."""
         if not isinstance(values, Mapping) or not values.get("few_shot") or not isinstance(values.get("tasks"), list):
             return values
-        few_shot, expanded = FewShotPool.model_validate(values["few_shot"]), []
+        try:
+            few_shot = FewShotPool.model_validate(values["few_shot"])
+            tasks = TypeAdapter(list[Task]).validate_python(values["tasks"])
+        except ValidationError:  # of a field: its own validation reports it
+            return values
         if not few_shot.ways:
             return values
-        for task in map(TypeAdapter(Task).validate_python, values["tasks"]):
+        expanded = []
+        for task in tasks:
             if task.pool is None:
                 names = (f"{task.name}-{number}" for number in range(1, few_shot.tasks + 1))
                 expanded += [task.model_copy(update={"name": name, "pool": task.name}) for name in names]

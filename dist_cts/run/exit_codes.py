@@ -1,15 +1,20 @@
 """Exit codes; turns the errors of a command into one line on stderr and an exit code for schedulers."""
 
 import faulthandler
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from dist_cts.errors import RunError, UnreachableError
 
 DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint; run the same command to resume
+TORCHRUN_SECONDS = 5.0  # after which a torchrun that watches a failed rank has ended the others
 
 AGENT = os.getppid()  # torchrun, if it started this process; later the parent may be whatever adopted an orphan
 
@@ -41,8 +46,7 @@ def finish(command: Callable[[], int]) -> int:
             f"rank {speaker}: out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); lower "
             "batch_size or use more ranks, then run the same command to resume"
         )
-    if int(os.environ.get("RANK", 0)) == speaker:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+    report(text, speaker)
     restarts, of = (int(os.environ.get(f"TORCHELASTIC_{key}", 0)) for key in ("RESTART_COUNT", "MAX_RESTARTS"))
     if unreachable and restarts >= of:
         # On a host that is cut off, torchrun's calls to its store block until the kernel closes the connection, after
@@ -50,6 +54,24 @@ def finish(command: Callable[[], int]) -> int:
         # come back.
         _signal_agent(signal.SIGKILL)
     return code
+
+
+def report(text: str, speaker: int = 0) -> None:
+    """Prints an error on rank `speaker`; the other ranks are silent.
+
+    torchrun ends with a report of its own. It quotes our line there, as the root cause, if it finds it in the file that
+    it named to the rank. The other ranks wait until torchrun ends them, or they would be listed as failures too.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if int(os.environ.get("RANK", 0)) == speaker:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        if file:
+            details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            with suppress(OSError):
+                Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
+    elif file and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(DONE))
+        time.sleep(TORCHRUN_SECONDS)
 
 
 def _signal_agent(number: signal.Signals) -> None:

@@ -74,20 +74,21 @@ class RunFolder:
                 self._lock.close()
 
 
-def claim(folder: Path, fresh: bool = False) -> IO[str]:
+def claim(folder: Path, fresh: bool = False, key: str = "run_dir") -> IO[str]:
     """Locks the run folder until the returned file is closed, and removes temporary files of killed runs.
 
     `fresh` renames a folder that holds a run to the first free name FOLDER.1, FOLDER.2, ... and creates a new one.
+    `key`: the folder's key in the configuration, for the message.
 
     Raises:
         ValueError: another run holds the lock; the message names its process and host.
         OSError: the folder cannot be written.
     """
     with writing(folder):
-        return _claim(folder, fresh)
+        return _claim(folder, fresh, key)
 
 
-def _claim(folder: Path, fresh: bool = False) -> IO[str]:
+def _claim(folder: Path, fresh: bool = False, key: str = "run_dir") -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("a+")
     try:
@@ -95,7 +96,7 @@ def _claim(folder: Path, fresh: bool = False) -> IO[str]:
     except BlockingIOError:
         file.seek(0)
         holder = file.read() or "another run"
-        raise ValueError(f"{folder} is in use by {holder}: stop it, or choose another run_dir") from None
+        raise ValueError(f"{folder} is in use by {holder}: stop it, or choose another {key}") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -106,11 +107,11 @@ def _claim(folder: Path, fresh: bool = False) -> IO[str]:
         )
     if not is_at(file.fileno(), folder / LOCK):  # another process moved the folder since it was opened
         file.close()
-        return _claim(folder, fresh)
+        return _claim(folder, fresh, key)
     if fresh and (folder / "checkpoints").exists():
         numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
         folder.rename(next(path for path in numbered if not path.exists()))
-        return _claim(folder)
+        return _claim(folder, key=key)
     file.truncate(0)
     file.write(f"another run (process {os.getpid()} on {socket.gethostname()})")
     file.flush()
@@ -129,7 +130,7 @@ def writing(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or error
+        why = "it is not a folder" if os.path.lexists(folder) and not folder.is_dir() else error.strerror or error
         raise OSError(f"cannot write to {folder} ({why}); fix that, then run the same command to resume") from error
 
 

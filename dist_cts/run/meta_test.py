@@ -5,88 +5,40 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
 from dist_cts import models
-from dist_cts.atomic import replace_file
+from dist_cts.atomic import remove_leftovers, replace_file
 from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata, run_dir_of
-from dist_cts.config import Config
-from dist_cts.data.batches import DataConfig
 from dist_cts.data.datasets import DATASETS
-from dist_cts.data.few_shot import FewShotConfig, FewShotSplit, draw_queries
+from dist_cts.data.few_shot import FewShotSplit, draw_queries
 from dist_cts.data.subset import balanced_subset
-from dist_cts.data.tasks import Split, check_prepared, open_split, outputs
-from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision, set_numerics
+from dist_cts.data.tasks import Split, check_prepared, contents, open_split, outputs
+from dist_cts.distributed.numerics import set_numerics
 from dist_cts.distributed.process_group import gather, process_group, raise_on_all_ranks, select_device
 from dist_cts.flat import load_named
-from dist_cts.learner import InnerConfig, TaskLearner
-from dist_cts.losses import LossConfig, LossField, make_loss
-from dist_cts.models import ModelConfig
+from dist_cts.learner import TaskLearner
+from dist_cts.losses import make_loss
 from dist_cts.optimizer import make_schedule
+from dist_cts.run import folder
 from dist_cts.run.card import write_card
+from dist_cts.run.console import log_rank0
 from dist_cts.run.exit_codes import DONE
-from dist_cts.run.probes import Features, Protocol, calibrate, head_of, linear_probe, nearest_neighbors
+from dist_cts.run.memory import check_batches
+from dist_cts.run.meta_test_config import MetaTestConfig as MetaTestConfig
+from dist_cts.run.probes import Features, calibrate, head_of, linear_probe, nearest_neighbors
 from dist_cts.run.report import write_report
 from dist_cts.seeds import hashed_seed
-
-
-class FewShotTest(FewShotConfig):
-    """Few-shot tasks of a target: training images of its train split, queries of the same classes of its test split."""
-
-    queries: int = Field(15, gt=0, description="test images per class, at most")
-
-
-class MetaTestConfig(Config):
-    """A meta-test; the defaults are those of the paper's section 4.2."""
-
-    targets: list[str] = Field(min_length=1, description="prepared tasks not used in meta-training")
-    random: bool = Field(True, description="also test a random initialization")
-    seeds: int = Field(5, gt=0, description="number of seeds per initialization and target")
-    protocol: Protocol = Field(
-        "fine-tune",
-        description="fine-tune: body and head; linear-probe: a head on frozen features; knn: nearest neighbors of them",
-    )
-    steps: int = Field(1000, gt=0, description="inner steps per adaptation; knn takes none")
-    batch_size: int = Field(128, gt=0, description="images per step")
-    schedule: Literal["multi-step", "cosine", "constant"] = Field(
-        "multi-step", description="multi-step: lr x schedule_factor at 40, 70 and 90 % of the steps"
-    )
-    schedule_factor: float = Field(0.2, gt=0, le=1, description="for multi-step; the released code uses 0.3")
-    train_limit: int = Field(0, ge=0, description="class-balanced subset of N training images per target; 0: all")
-    eval_points: int = Field(5, gt=0, description="number of evaluations, evenly spaced, the last at the end")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    precision: Precision = Field("fp32", description=PRECISION_HELP)
-    deterministic: bool = Field(True, description=DETERMINISTIC_HELP)
-    channels_last: bool = Field(False, description="memory format of images and weights")
-    out: Path | None = Field(None, description="output folder; default: meta_test beside the first phi")
-    loss: LossField = LossConfig()
-    few_shot: FewShotTest = FewShotTest()
-    inner: InnerConfig = InnerConfig(optimizer="nesterov", lr=0.1)
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-
-    @model_validator(mode="after")
-    def _one_subset(self) -> "MetaTestConfig":
-        if self.few_shot.ways and self.train_limit:
-            raise ValueError("few_shot draws its own training images: leave out train_limit")
-        return self
-
-    @model_validator(mode="after")
-    def _one_schedule(self) -> "MetaTestConfig":
-        if self.inner.schedule != "constant" or self.inner.warmup:
-            raise ValueError("inner.schedule and inner.warmup belong to meta-training's episodes; set schedule instead")
-        return self
-
 
 # Keys left out of a result's identity at their defaults: results from before they existed are found.
 ADDED = (
@@ -160,15 +112,18 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
         for start, phi in starts.items()
         for seed in range(config.seeds)
     ]
-    if config.out is not None:
-        (config.out / "jobs").mkdir(parents=True, exist_ok=True)
     with process_group(device, 3600):
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rank, world_size, results = dist.get_rank(), dist.get_world_size(), []
         with raise_on_all_ranks():
+            lock = _claim(config.out) if rank == 0 and config.out is not None else nullcontext()
+        with lock, raise_on_all_ranks():
             loaded = {start: load_phi(phi, config.model) for start, phi in phis.items()}
             verified = config.data.model_copy(update={"verify": False})  # once is enough
             opened = lru_cache(maxsize=2)(partial(open_split, config=verified, device=device))  # of the current target
             for target in config.targets:
+                sizes, bf16 = {target: config.batch_size}, config.precision == "bf16"
+                for warning in check_batches(sizes, config.model, config.data, device, bf16=bf16):
+                    log_rank0(warning)
                 open_split(target, "test", config.data, device)
                 train = open_split(target, "train", config.data, device)
                 if config.few_shot.ways:
@@ -179,7 +134,6 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
                 for start, named in loaded.items():
                     start_from(learner, named, _described(start, phis[start]))
                 learner.batches.close()
-            results = []
             mine = jobs[rank::world_size]
             for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
                 results.append(run_once(config, job, device, opened))
@@ -190,15 +144,26 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
     return [by_rank[index % world_size][index // world_size] for index in range(len(jobs))]
 
 
+def _claim(out: Path) -> IO[str]:
+    """Locks the output folder and removes temporary files of killed meta-tests."""
+    lock = folder.claim(out, key="out")
+    (out / "jobs").mkdir(exist_ok=True)
+    remove_leftovers(out / "jobs")
+    return lock
+
+
 def run_once(
     config: MetaTestConfig, job: Job, device: torch.device, opened: Callable[[str, str], Split] | None = None
 ) -> dict:
-    """A job's result; read from its file if the job has already run."""
+    """A job's result; read from its file if the job has already run on the same data."""
     path = None if config.out is None else _result_path(config, job)
+    data = contents(job.target, config.data)
     if path is not None and path.exists():
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text())
+        if result.get("data", data) == data:
+            return result
     curve = adapt(config, job, device, opened)
-    result = {"target": job.target, "start": job.start, "seed": job.seed, "curve": curve}
+    result = {"target": job.target, "start": job.start, "seed": job.seed, "data": data, "curve": curve}
     if path is not None:
         replace_file(path, json.dumps(result).encode())
     return result
@@ -319,7 +284,6 @@ def _result_path(config: MetaTestConfig, job: Job) -> Path:
         if ours[name] == theirs[name]:
             del ours[name]
     if job.target in DATASETS:
-        splits = (open_split(job.target, split, config.data, torch.device("cpu")) for split in ("train", "test"))
-        settings["content"] = [split.fingerprint for split in splits]
+        settings["content"] = contents(job.target, config.data)
     key = hashlib.sha256(json.dumps([settings, _identity(job.phi)], sort_keys=True).encode()).hexdigest()[:12]
     return config.out / "jobs" / f"{job.target}--{job.start}--{job.seed}--{key}.json"

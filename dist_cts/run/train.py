@@ -43,6 +43,7 @@ from dist_cts.run.exit_codes import DONE, STOPPED
 from dist_cts.run.hooks import Hooks, export
 from dist_cts.run.imports import check_imports
 from dist_cts.run.loggers import LoggedRun, Loggers, check_loggers
+from dist_cts.run.memory import check_batches
 from dist_cts.run.metrics import Metrics
 from dist_cts.run.shutdown import StopRequest, stop_requests
 from dist_cts.state import TrainState
@@ -81,13 +82,25 @@ class Trained:
 def run(config: TrainConfig, fresh: bool = False) -> Trained:
     """As `train`; with `run_dir=None` the run has no folder: it reads and writes no file and cannot be resumed."""
     if config.run_dir is not None:
-        (config.run_dir / folder.STOPPED).unlink(missing_ok=True)
+        with folder.writing(config.run_dir):
+            (config.run_dir / folder.STOPPED).unlink(missing_ok=True)
         if not fresh:
             check_imports(config.run_dir)
     device = select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
     with process_group(device, config.timeout_seconds), stop_requests() as stop, liveness_checked() as liveness:
         fresh = fresh and not folder.restarted()
+        with raise_on_all_ranks():
+            warnings = check_batches(
+                {task.name: config.batch_size_of(task) for task in config.tasks},
+                config.model,
+                config.data,
+                device,
+                bf16=config.precision == "bf16",
+                sharing=max(1, dist.get_world_size() // len(config.tasks)),
+            )
+        for warning in warnings:
+            log_rank0(warning)
         costs = shared_costs(config, device, fresh) if config.placement == "auto" else None
         progress = Progress(config.inner_steps)
         with raise_on_all_ranks():  # errors that a rank can detect without communication

@@ -346,9 +346,9 @@ def test_outputs_come_from_the_data_or_the_config(monkeypatch):
 def test_an_unknown_task_gets_the_nearest_names(tasks, monkeypatch):
     monkeypatch.setitem(DATASETS, "birds", Noisy)
     config = DataConfig(root=tasks)
-    with pytest.raises(FileNotFoundError, match=r"task 'brids': there is no folder .* did you mean birds\?"):
+    with pytest.raises(FileNotFoundError, match=r"no prepared task 'brids' in /.*; did you mean 'birds'\?"):
         open_split("brids", "train", config, CPU)
-    with pytest.raises(FileNotFoundError, match=r"task 'zzz': .* prepare it with `dist-cts prepare`"):
+    with pytest.raises(FileNotFoundError, match=r"no prepared task 'zzz' in /.*; prepare it: .*; prepared: a, b"):
         open_split("zzz", "train", config, CPU)
     assert open_split("a", "train", config, CPU).classes == 3
 

@@ -31,7 +31,8 @@ def test_an_unknown_suite_is_refused():
 @pytest.mark.parametrize(
     ("text", "fault"),
     [("dataset: x", "expected a list of tasks"), ("- dataset: x", "unknown dataset 'x'"),
-     ("- {dataset: digits, x: 1}", "x: Extra"), ("- {dataset: digits, pixels: 0}", "pixels"), ("[", "not a YAML file")],
+     ("- {dataset: digits, x: 1}", "unknown key 'x'"),
+     ("- {dataset: digits, pixels: 0}", "pixels"), ("[", "not a YAML file")],
 )  # fmt: skip
 def test_a_wrong_suite_file_is_refused(tmp_path, text, fault):
     (tmp_path / "mine.yaml").write_text(text)

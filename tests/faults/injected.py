@@ -3,7 +3,8 @@
     {"rank": 1, "step": 17, "act": "kill", "once": PATH, "at": "gradient", "argument": null}
 
 `run`: only once that folder has a checkpoint. `at`: in the gradient of that step, in the test of theta after it, in the
-writing of a checkpoint's n-th file, in the loader's thread, or before the n-th call of a function.
+writing of a checkpoint's n-th file, in the loader's thread, before the n-th call of a function, or before the n-th
+change of a path that contains `below`.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import os
 import pkgutil
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -158,7 +160,26 @@ def at_call() -> None:
     setattr(owner, name, called)
 
 
+def at_change() -> None:
+    changes, seen = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}, []
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in changes) and any(fault["below"] in str(path) for path in arguments[:2]):
+            seen.append(event)
+            if len(seen) == fault["step"]:
+                act()
+
+    sys.addaudithook(hook)
+
+
+ENTRIES = {
+    "gradient": at_gradient,
+    "test": at_test,
+    "file": at_file,
+    "loader": at_loader,
+    "call": at_call,
+    "change": at_change,
+}
 if int(os.environ.get("RANK", 0)) == fault["rank"]:
-    {"gradient": at_gradient, "test": at_test, "file": at_file, "loader": at_loader, "call": at_call}[
-        fault.get("at", "gradient")
-    ]()
+    ENTRIES[fault.get("at", "gradient")]()

@@ -8,11 +8,13 @@ import pickle
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from dist_cts.data.prepare import archives, raw, readers, tables
 from tests.helpers.hostile import attempt, bounded, content, damaged, idx_bytes, png
@@ -150,3 +152,46 @@ def test_what_claims_to_be_large_is_refused_without_memory(tmp_path, claim):
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    bomb = packed_tar("a.png", 300 << 20)[:512] + bytes(300 << 20)
+    (tmp_path / "archive").write_bytes(gzip.compress(bomb, 1))
+    written = []
+    monkeypatch.setattr(archives.tempfile, "TemporaryFile", lambda: written.append(io.BytesIO()) or written[0])
+    with pytest.raises(ValueError, match=r"archive: cannot be read: it unpacks to more than 100 times its size$"):
+        archives.locate(tmp_path, {"train": "archive"}, "train")
+    assert written[0].tell() < 200 << 20
+
+
+def test_names_in_an_archive_lead_nowhere_and_its_links_are_not_followed(tmp_path):
+    file, pixels = png(1)
+    (tmp_path / "secret.png").write_bytes(png(2)[0])
+    with tarfile.open(tmp_path / "archive", "w") as tar:
+        for name in ("train/a.png", "../../train/b.png", "/train/c.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(file)
+            tar.addfile(member, io.BytesIO(file))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo(f"train/{kind.decode()}.png")
+            member.type, member.linkname = kind, "../secret.png"
+            tar.addfile(member)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "archive").rename(tmp_path / "data" / "archive")
+    before = sorted(tmp_path.rglob("*"))
+    files = archives.locate(tmp_path / "data", {"train": "archive"}, "train")
+    assert files.below("train") == ["train/a.png", "train/b.png", "train/c.png"]
+    assert all(np.array_equal(np.asarray(files.image(name)), pixels) for name in files.below("train"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_image_that_claims_to_be_huge_is_refused(tmp_path):
+    """A PNG of 65,000 x 65,000 pixels in its header: PIL refuses it before it allocates."""
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, "png")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = (65_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.png: cannot be decoded: .*decompression bomb"):
+        raw.open_image(tmp_path / "a.png")

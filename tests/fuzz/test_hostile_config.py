@@ -26,7 +26,7 @@ KEYS = [line.split()[0] for line in config.describe(TrainConfig)]
 
 def load(path, overrides=()):
     """The config, if it loads; as it was saved it is then the same."""
-    loaded = attempt(lambda: config.load(TrainConfig, path, overrides), path.name, "override")
+    loaded = attempt(lambda: config.load(TrainConfig, path, overrides), path.name, "command line")
     if loaded is not None:
         config.save(loaded, path.with_name("saved.yaml"))
         assert config.load(TrainConfig, path.with_name("saved.yaml")) == loaded

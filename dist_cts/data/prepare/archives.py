@@ -3,7 +3,6 @@
 import gzip
 import io
 import os
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -18,6 +17,7 @@ from PIL import Image
 from dist_cts.data.prepare.raw import RawDataset, decode, from_named
 
 Read = Callable[[], bytes]
+PACKED = 100  # limit of an archive's size, unpacked over packed: archives of images stay below 10
 LARGEST = 1 << 30  # bytes, limit per file in an archive: a header may claim any size
 
 
@@ -160,7 +160,10 @@ def _uncompressed(archive: Path) -> io.BufferedIOBase:
     if not compressed:
         return open(archive, "rb")  # its members are read later
     plain = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the dataset)
+    most = PACKED * archive.stat().st_size + (1 << 20)
     with gzip.open(archive) as packed:
-        shutil.copyfileobj(packed, plain, 1 << 20)
+        while block := packed.read(1 << 20):
+            if plain.tell() + plain.write(block) > most:
+                raise tarfile.ReadError(f"it unpacks to more than {PACKED} times its size")
     plain.seek(0)  # which also flushes: members are read past the buffer
     return plain

@@ -1,13 +1,14 @@
 """The catalog: every dataset by name, with its reader; catalog.yaml says what is known of it and where to get it."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dist_cts.config import read_yaml
 from dist_cts.data.prepare import readers, tables, torchvision_sets
 from dist_cts.data.prepare.raw import RawSplits
+from dist_cts.yaml_file import read_yaml
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
@@ -99,5 +100,9 @@ def entry(name: str) -> Entry:
             needs_root=False,
             version=embedded.VERSION,
         )
-    known = ", ".join([*CATALOG, *(EMBEDDED + task for task in embedded.TASKS)])
-    raise ValueError(f"unknown dataset {name!r}; known: {known}")
+    known = [*CATALOG, *(EMBEDDED + task for task in embedded.TASKS)]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    if Path(name).is_dir():
+        hint = f"for a folder with one subfolder of images per class: dist-cts prepare image-folder --root {name}; "
+    raise ValueError(f"unknown dataset {name!r}; {hint}known: {', '.join(known)}")

@@ -186,6 +186,8 @@ def gtsrb(root: Path) -> RawSplits:
 
 def image_folder(root: Path) -> RawSplits:
     """CLASS/**/IMAGE in the folders train and test (or val) or, without these, in the root."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: expected a folder with one subfolder of images per class; for a file: table")
     if not (root / "train").is_dir():
         return from_files(*_class_folders(root)), None
     names, train = _class_folders(root / "train")

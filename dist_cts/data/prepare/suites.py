@@ -3,27 +3,27 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dist_cts.config import read_yaml
-from dist_cts.data.manifest import Manifest
+from dist_cts.config_faults import explain
+from dist_cts.data.manifest import TASK_NAME, Manifest
 from dist_cts.data.prepare import catalog
 from dist_cts.data.prepare.archives import NotThere
 from dist_cts.data.prepare.catalog import Entry
 from dist_cts.data.prepare.task import Options, prepare, task_name
+from dist_cts.yaml_file import Places, read_placed, read_yaml
 
 _BUILT_IN = read_yaml(Path(__file__).with_name("suites.yaml"))
 NAMES = tuple(_BUILT_IN)
-FOLDER = r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$"  # a plain folder name: no separators, not . or ..
 
 
 class SuiteTask(Options):
     """One task of a suite: a dataset of the catalog and how to prepare it."""
 
     dataset: str
-    name: str | None = Field(None, pattern=FOLDER)  # its folder; default: dataset and class range
+    name: str | None = Field(None, pattern=TASK_NAME)  # its folder; default: dataset and class range
     root: Path | None = None  # its raw data; default: the subfolder of the root with its name, or the root
     expected: tuple[int, int, int] | None = None  # train images, test images, classes
 
@@ -61,17 +61,25 @@ def suite(name: str) -> list[SuiteTask]:
     path = Path(name)
     if name not in NAMES and path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"unknown suite {name!r}; expected {', '.join(NAMES)}, or a .yaml file with a list of tasks")
+    items, places = (_BUILT_IN[name], {}) if name in NAMES else read_placed(path)
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{path}: expected a list of tasks, each with the key `dataset`")
+    return [_task(item, _below(places, str(number)), f"{path}: task {number + 1}") for number, item in enumerate(items)]
+
+
+def _task(item: Any, places: Places, where: str) -> SuiteTask:
     try:
-        items = _BUILT_IN[name] if name in NAMES else read_yaml(path)
-        if not isinstance(items, list) or not items:
-            raise ValueError(f"{path}: expected a list of tasks, each with the key `dataset`")
-        tasks = [SuiteTask.model_validate(item) for item in items]
-        for task in tasks:
-            catalog.entry(task.dataset)
+        task = SuiteTask.model_validate(item)
+        catalog.entry(task.dataset)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-    return tasks
+        raise ValueError(explain(SuiteTask, error, item, places, where)) from None
+    except ValueError as error:
+        raise ValueError(f"{places.get(('dataset',), where)}: {error}") from None
+    return task
+
+
+def _below(places: Places, key: str) -> Places:
+    return {path[1:]: place for path, place in places.items() if path[:1] == (key,)}
 
 
 Outcome = tuple[Manifest, Manifest] | Exception

@@ -99,7 +99,7 @@ def run(config: TrainConfig, ks: Sequence[int]) -> tuple[Record, Tensor]:
         placement = place(len(config.tasks), 1, 0)
         learners = build_learners(config, placement, device)
         layout, progress = learners[0].flat.body_layout, Progress(config.inner_steps)
-        state = TrainState(initial_phi(config, layout, device), layout, learners, progress)
+        state = TrainState(initial_phi(config, learners[0].flat, device)[0], layout, learners, progress)
         probe = Probe(learners, progress, config.episodes, ks)
         algorithm = replace(
             make_algorithm(
@@ -123,7 +123,7 @@ def data_order(config: TrainConfig, ks: Sequence[int]) -> Record:
     device = select_device(config.device)
     with process_group(device, config.timeout_seconds):
         learners = build_learners(config, place(len(config.tasks), 1, 0), device)
-        phi = initial_phi(config, learners[0].flat.body_layout, device)
+        phi = initial_phi(config, learners[0].flat, device)[0]
         record: Record = {"error": {k: [] for k in ks}, "distance": {k: [] for k in ks}}
         for learner in learners:
             paths = []

@@ -102,6 +102,8 @@ def readme():
     yield f"loss {optimizers['momentum']}; SGD {optimizers['SGD']}, Adam {optimizers['Adam']}"
     yield f"training loss {final_loss('cts')}, Reptile {final_loss('reptile')}"
     yield f"{contrast('reptile')} points"
+    long, short = at_the_end("length")
+    yield f"{long} of the exact one's length, {short} without"
     yield f"{step_ratio('resnet20/128/32', 'ddp')} for ResNet20 with batch 128"
     yield f"{step_ratio('resnet18/4/32', 'ddp')} for ResNet18 with batch 4"
     yield f"without communication: {step_ratio('resnet20/128/32', 'sgd')} for ResNet20 with batch 128"

@@ -34,7 +34,7 @@ class Source(ResidentSource):
     """A task without content in device memory."""
 
     def __init__(self, task, device):
-        self.manifest = SimpleNamespace(name=str(task), count=64, pixels=8, sha256="")
+        self.manifest = SimpleNamespace(name=str(task), count=64, pixels=8, classes=4, sha256="")
         self.device, self.labels = device, np.arange(64) % 4
         self.images = torch.zeros(64, 8, 8, 3, dtype=torch.uint8, device=device)
 

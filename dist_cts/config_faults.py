@@ -62,6 +62,8 @@ def words(fault: Mapping[str, Any]) -> str:
     kind = fault["type"]
     if kind == "value_error":
         return str(fault["ctx"]["error"])
+    if kind == "missing":
+        return "missing"
     if kind == "recursion_loop":
         return "recursive YAML alias; write the value out"
     expected = _EXPECTED.get(kind) or _EXPECTED.get(kind.partition("_")[0])

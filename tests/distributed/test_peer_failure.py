@@ -93,5 +93,5 @@ def test_a_store_that_does_not_answer_bounds_the_liveness_check(monkeypatch):
         error = liveness.failure("timed out")
     finally:
         dist.destroy_process_group()
-    assert type(error) is RankError
+    assert isinstance(error, RankError)
     assert "the other ranks and torchrun's store are unreachable (timed out); run the same" in str(error)

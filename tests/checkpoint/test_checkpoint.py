@@ -635,7 +635,7 @@ def test_minutes_are_those_of_rank_0_and_all_ranks_agree(run_ranks, tmp_path):
 
 def test_a_config_that_does_not_fit_is_refused_with_the_keys(alone, two_checkpoints):
     changed = RunConfig(seed=1, episodes=9, inner=InnerConfig(lr=0.1), checkpoint=CheckpointConfig(keep=5))
-    with pytest.raises(ValueError, match=r"does not match .*: inner\.lr was 0\.05, is 0\.1; seed was 0, is 1; restore these values, "):
+    with pytest.raises(ValueError, match=r"does not match .*: inner\.lr was 0\.05, is 0\.1; seed was 0, is 1; restore"):
         load(start(0, 1, two_checkpoints[0], changed))
 
 
@@ -647,7 +647,7 @@ def test_a_checkpoint_without_a_key_that_came_later_resumes_with_its_default(alo
     values = {key: value for key, value in manifest.config.items() if key != "reduction"}
     write_manifest(newest, manifest.model_copy(update={"config": values}))
     assert load(start(0, 1, folder)) == 4
-    with pytest.raises(ValueError, match=r"reduction was ordered, is mean; restore these"):
+    with pytest.raises(ValueError, match=r"reduction was ordered, is mean; restore"):
         load(start(0, 1, folder, RunConfig(reduction="mean")))
 
 

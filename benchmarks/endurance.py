@@ -101,9 +101,9 @@ def compare(samples: list[dict[str, float]]) -> list[dict[str, object]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = report.parser(__doc__, EPILOG)
-    parser.add_argument("--steps", type=int, default=100_000, help="inner steps (default 100000; 1500 with --quick)")
+    parser.add_argument("--steps", type=int, default=100_000, help="inner steps (default 100000; 500 with --quick)")
     args = parser.parse_args(arguments)
-    steps = 1500 if args.quick else args.steps
+    steps = 500 if args.quick else args.steps
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("shapes", "colours"):

@@ -214,11 +214,11 @@ def rounds(state: Path, seed: int, kills: int) -> Iterator[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = report.parser(__doc__, EPILOG)
-    parser.add_argument("--kills", type=int, default=100, help="number of kills (default 100; 4 with --quick)")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default 100; 2 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of victims and times (default 0)")
     parser.add_argument("--state", type=Path, help="file of finished rounds (default runs/soak.jsonl)")
     args = parser.parse_args(arguments)
-    kills = 4 if args.quick else args.kills
+    kills = 2 if args.quick else args.kills
     with tempfile.TemporaryDirectory() as temporary:
         state = Path(temporary, "rounds") if args.quick else args.state or ROOT / "runs" / "soak.jsonl"
         state.parent.mkdir(parents=True, exist_ok=True)

@@ -91,8 +91,23 @@ def step_trace(results):
     assert found["by_kernel"]
 
 
+def soak(results):
+    assert results["survived"] == results["kills"] >= 2
+    assert results["leftovers"] == 0
+    assert len(results["hits"]) == results["kills"]
+
+
+def endurance(results):
+    assert results["steps"] == 500
+    rows = {row["figure"]: row for row in results["compared"]}
+    assert {"open files", "threads", "resident memory, MiB", "metrics.jsonl, bytes per step"} <= rows.keys()
+    assert rows["open files"]["last tenth"] <= rows["open files"]["first tenth"] + 4
+
+
 BENCHMARKS = {
     "characters": (characters, ()),
+    "soak": (soak, ()),
+    "endurance": (endurance, ()),
     "many_tasks": (many_tasks, ("--precision", "bf16", "--channels-last")),
     "placement": (placement, ()),
     "scaling": (scaling, ()),
@@ -102,7 +117,7 @@ BENCHMARKS = {
     "step_trace": (step_trace, ()),
     "time_to_quality": (time_to_quality, ()),
 }
-SLOW = ("characters", "start_up", "time_to_quality")  # they train and meta-test several times
+SLOW = ("characters", "endurance", "soak", "start_up", "time_to_quality")  # they start the commands of launch/
 
 
 def results_in(folder, name):

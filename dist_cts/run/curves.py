@@ -67,7 +67,8 @@ def draw_curves(runs: list[Path], out: Path) -> None:
         per_task = len(runs) == 1 and key != "steps_per_second"
         for name, style in ((key, "-"), (f"test_{key}", "--")):
             for label, look, points in _task_lines(runs[0], tasks, name) if per_task else _mean_lines(runs, name):
-                axes.plot(*points, style, label=label if style == "-" else None, **look)
+                marker = "." if len(points[0]) == 1 else None  # a line of one point would be invisible
+                axes.plot(*points, style, marker=marker, label=label if style == "-" else None, **look)
         axes.set_xlabel("inner steps per task")
         axes.set_ylabel(key.replace("_", " ") + (", mean over tasks" if len(runs) > 1 and key != keys[-1] else ""))
         axes.spines[["top", "right"]].set_visible(False)

@@ -190,6 +190,7 @@ def test_several_runs_are_means_over_their_tasks(tmp_path, drawn):
     lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
     assert list(lines["cts"].get_ydata()) == [1.5, 1.25, pytest.approx(1 + 1 / 6)]
     assert list(lines["reptile"].get_xdata()) == [3]
+    assert [lines[name].get_marker() for name in ("cts", "reptile")] == ["None", "."]  # one point makes no line
     assert drawn[0].axes[0].get_ylabel() == "loss, mean over tasks"
 
 

@@ -131,7 +131,10 @@ def results_in(folder, name):
     return record["results"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.timeout(600)] * (name in SLOW)) for name in BENCHMARKS],
+)
 def test_quick_form(name, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("DIST_CTS_DATA", raising=False)
     check, arguments = BENCHMARKS[name]

@@ -116,7 +116,7 @@ class DatasetSplit:
     """The train or test split of the task `name` in DATASETS. The dataset is created once per process.
 
     Raises:
-        ValueError: there is no such split, or it is not a map-style dataset.
+        ValueError: unknown split, or not a map-style dataset.
     """
 
     def __init__(self, name: str, split: str, workers: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Few-shot tasks: N classes and K images of each, drawn anew for every episode from one prepared task."""
+"""Few-shot tasks: N classes and K images of each, drawn for each episode from one prepared task."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

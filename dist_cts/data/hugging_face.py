@@ -39,7 +39,7 @@ class HuggingFace:
 
         Raises:
             ImportError: datasets is not installed.
-            ValueError: there is no such split or column.
+            ValueError: unknown split or column.
         """
         try:
             import datasets

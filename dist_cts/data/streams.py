@@ -85,7 +85,7 @@ class StreamBatches:
         """Inputs and targets of step `step`, on the device; then advances `step`.
 
         Raises:
-            RankError: there is no such batch, it is not a pair, or the data ranks cannot share it.
+            RankError: the batch does not exist, is not a pair, or cannot be split over the data ranks.
         """
         started = time.perf_counter()
         batch, (rank, ranks) = _pair(self._at(self.step), self.name), self._part

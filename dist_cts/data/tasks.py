@@ -106,7 +106,7 @@ def contents(name: str, config: DataConfig) -> list[str]:
 
 
 def _missing(name: str, root: Path) -> str:
-    """Why there is no such task, what else there is, and what to do."""
+    """The message for a missing task: the nearest prepared ones, and what to do."""
     if not root.is_dir():
         return f"no prepared task {name!r}: {root} does not exist; set data.root, or prepare it: dist-cts prepare"
     if (root / "train.beton").is_file():

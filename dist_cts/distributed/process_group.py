@@ -80,7 +80,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     try:
         yield
     except BaseException:
-        if dist.get_world_size() == 1:  # a notebook goes on
+        if dist.get_world_size() == 1:  # keeps a notebook usable
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()

@@ -238,7 +238,7 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
 
 @torch.no_grad()
 def start_from(learner: TaskLearner, named: Mapping[str, Tensor], source: str) -> None:
-    """Starts body and rest from named tensors, and the head anew.
+    """Starts body and rest from named tensors, with a fresh head.
 
     Raises:
         ValueError: they do not fit the model; names `source`.

@@ -145,7 +145,7 @@ def test_seek_replays_and_keeps_the_workers(make, workers):
     assert len(running) == workers
     batches.close()
     batches.close()
-    assert_same(batches.next(), expected[4])  # a closed stream goes on where it was
+    assert_same(batches.next(), expected[4])  # a closed stream resumes where it stopped
 
 
 def test_pinning_keeps_tuples(monkeypatch):

@@ -3,6 +3,7 @@
 from dist_cts.models.fit import check_model as check_model
 from dist_cts.models.lora import with_adapters as with_adapters
 from dist_cts.models.masks import SeededMasks as SeededMasks
+from dist_cts.models.small_resnet import SmallResNet as SmallResNet
 from dist_cts.models.table import MODELS as MODELS
 from dist_cts.models.table import Architecture as Architecture
 from dist_cts.models.table import ModelConfig as ModelConfig

@@ -179,3 +179,11 @@ def test_the_trial_changes_neither_statistics_nor_generators():
     state = torch.get_rng_state()
     try_forward(model, torch.ones(2, 3))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_readme_s_network_is_the_demo_s():
+    demo, _ = models.build(models.ModelConfig(name="resnet20", width=0.5), 10, 0)
+    ours = models.SmallResNet(classes=10, width=0.5)
+    assert [(name, value.shape) for name, value in ours.named_parameters()] == [
+        (name, value.shape) for name, value in demo.named_parameters()
+    ]

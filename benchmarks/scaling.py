@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import learners, report
+from benchmarks.delay_model import Send, delayed_step
 from dist_cts import models
 from dist_cts.distributed.placement import data_group, place
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
@@ -117,19 +118,9 @@ def model_rows(name: str, numel: int, compute_ms: list[float]) -> Iterator[dict[
         row = {"MODEL": name, "GPUs": gpus, "all-reduce ms": 1e3 * seconds[best], "by": best}
         for compute in compute_ms:
             row[f"efficiency at {compute:g} ms"] = compute / (compute + row["all-reduce ms"])
-            late = delayed_step(compute / 1e3, seconds[best], seconds[best], 1)  # NCCL runs one all-reduce at a time
+            late = delayed_step(compute / 1e3, [Send(seconds[best], 0)], 1)  # NCCL runs one all-reduce at a time
             row[f"d = 1 at {compute:g} ms"] = compute / 1e3 / late
         yield row
-
-
-def delayed_step(compute: float, all_reduce: float, wire: float, delay: int) -> float:
-    """MODEL of the seconds of a step whose all-reduce is waited for `delay` steps later.
-
-    The message of step k leaves after its computation and has to arrive before the computation of step k + d + 1
-    starts, so that d + 1 steps take at least an all-reduce and a computation. A step takes at least as long as its
-    message occupies the wire.
-    """
-    return max(compute, (all_reduce + compute) / (delay + 1), wire)
 
 
 def far_rows(name: str, numel: int, compute_ms: float = 100, mbit: float = 10_000) -> Iterator[dict[str, object]]:
@@ -142,7 +133,8 @@ def far_rows(name: str, numel: int, compute_ms: float = 100, mbit: float = 10_00
         )  # within a site, then between them
         row = {"MODEL, two sites": name, "GPUs": gpus, "compute ms": compute_ms, "all-reduce ms": 1e3 * seconds}
         for delay in (0, 1, 2, 4):
-            row[f"efficiency, d = {delay}"] = compute_ms / 1e3 / delayed_step(compute_ms / 1e3, seconds, wire, delay)
+            step = delayed_step(compute_ms / 1e3, [Send(wire, seconds - wire)], delay)
+            row[f"efficiency, d = {delay}"] = compute_ms / 1e3 / step
         yield row
 
 

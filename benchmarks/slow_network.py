@@ -1,199 +1,34 @@
 """A step over slow links, by method and delay: hosts are network namespaces of this machine; see --help."""
 
+import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from benchmarks import report
+from benchmarks.delay_model import delayed_step, ring
+from benchmarks.slow_hosts import EVERY, SLEEP, Hosts, start_hosts
 
-from benchmarks import learners, namespaces, report, scaling
-from dist_cts.distributed.malloc import keep_freed_memory
-from dist_cts.learner import TaskLearner
-from dist_cts.run.exit_codes import exit_process
-
-EPILOG = """\
+EPILOG = f"""\
 One rank per host, one thread per rank, all with the same model, images and batch size:
   cts D     CTS with method.delay=D
   reptile   within an episode: it exchanges the control tail every ten steps
   ddp       plain PyTorch under DistributedDataParallel
   sgd       plain PyTorch, nothing exchanged
 Every condition is calibrated by a ping and a transfer over TCP. The methods take turns; a step is the mean over a block
-of steps that begins once as many are in flight as will be, on the slowest rank. `hiccup`: rank 1 sleeps for 50 ms at
-every tenth step; `in turn`: each rank does, at different steps.
+of steps that begins once as many are in flight as will be, on the slowest rank. Stragglers, at 5 ms without a rate
+limit: `one`: rank 1 sleeps for {1e3 * SLEEP:g} ms at every {EVERY}th step; `each`: every rank does, at its own steps.
 The hosts' cores, and the CPU that carries their packets, are this machine's: more hosts than cores share them. With
 --sleep-ms, a rank sleeps instead of computing loss and gradient, as a host does whose GPU computes; ddp is left out.
 
-  python benchmarks/slow_network.py --hosts 2 --model resnet20 --batch-size 32
+  python benchmarks/slow_network.py --hosts 2 --model resnet20 --batch-size 128
   python benchmarks/slow_network.py --hosts 4 --model resnet18 --batch-size 1 --pixels 8 --sleep-ms 200
+  python benchmarks/slow_network.py --hosts 4 --model tiny --batch-size 1 --pixels 8 --sleep-ms 60 --stragglers
 """
 DELAYS = (0, 1, 2, 4, 8)
-PORT = 5001
-TCP = {"tcp_rmem": "4096 16777216 67108864", "tcp_wmem": "4096 16777216 67108864", "tcp_slow_start_after_idle": "0"}
-SLEEP, EVERY = 0.05, 10  # a straggler's seconds, and steps
-
-
-class Rank:
-    """One rank's competitors; the coordinator says over stdin what to do."""
-
-    def __init__(self, model: str, batch_size: int, pixels: int, sleep_ms: float) -> None:
-        noise, world_size = learners.Noise(torch.device("cpu"), pixels=pixels), dist.get_world_size()
-
-        def learner() -> TaskLearner:
-            made = learners.make_learner(noise, model, batch_size)
-            if sleep_ms:
-                made.compute_gradient = lambda batch: (time.sleep(sleep_ms / 1e3), made.loss, made.loss)[1:]
-            return made
-
-        self.steps: dict[str, Callable[[], object]] = {}
-        self.ahead: dict[str, int] = {}
-        for delay in DELAYS:
-            cts = learners.MetaTraining([learner()], world_size, delay=delay)
-            self.steps[f"cts {delay}"], self.ahead[f"cts {delay}"] = cts.step, delay
-            self.reducer = cts.reducer
-        self.steps["reptile"] = learners.MetaTraining([learner()], world_size, algorithm="reptile").step
-        if not sleep_ms:
-            ddp = learners.PlainTask(noise, model, batch_size)
-            ddp.model = DistributedDataParallel(ddp.model, gradient_as_bucket_view=True, broadcast_buffers=False)
-            self.steps["ddp"] = ddp.step
-        self.steps["sgd"] = learner().inner_step if sleep_ms else learners.PlainTask(noise, model, batch_size).step
-        self.taken = 0
-        self.zeros = torch.zeros(self.reducer.message_numel)
-
-    def block(self, name: str, steps: int, straggler: str = "") -> tuple[float, float]:
-        """Seconds per step over a block, on the slowest rank, and CPU seconds, the mean over the ranks."""
-        step = self.steps[name]
-        dist.barrier()
-        for _ in range(4 * self.ahead.get(name, 0) + 2):  # until as many are in flight as will be
-            step()
-        started, used = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            self.taken += 1
-            late = {"": (), "hiccup": (1,), "in turn": (self.taken // EVERY % dist.get_world_size(),)}[straggler]
-            if self.taken % EVERY == 0 and dist.get_rank() in late:
-                time.sleep(SLEEP)
-            step()
-        seconds = torch.tensor((time.perf_counter() - started) / steps)
-        cpu = torch.tensor((time.process_time() - used) / steps / dist.get_world_size())
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        dist.all_reduce(cpu)
-        return seconds.item(), cpu.item()
-
-    def all_reduce(self, rounds: int) -> float:
-        """Median seconds of a blocking all-reduce of the reducer's message."""
-        times = []
-        for _ in range(rounds):
-            dist.barrier()
-            started = time.perf_counter()
-            dist.all_reduce(self.zeros)
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
-    def ping(self, address: str, megabytes: int) -> dict[str, float]:
-        """Round-trip time and rate of a TCP connection between ranks 0 and 1."""
-        result, data = {}, bytes(2**20)
-        if dist.get_rank() == 1:
-            with socket.create_server(("", PORT)) as server:
-                dist.barrier()
-                connection, _ = server.accept()
-                for _ in range(20):
-                    connection.sendall(connection.recv(1))
-                left = megabytes * 2**20
-                while left:
-                    left -= len(connection.recv(2**20))
-                connection.sendall(b"x")
-        else:
-            dist.barrier()
-        if dist.get_rank() == 0:
-            with socket.create_connection((address, PORT)) as connection:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                times = []
-                for _ in range(20):
-                    started = time.perf_counter()
-                    connection.sendall(b"x")
-                    connection.recv(1)
-                    times.append(time.perf_counter() - started)
-                started = time.perf_counter()
-                for _ in range(megabytes):
-                    connection.sendall(data)
-                connection.recv(1)
-                result["round_trip_ms"] = 1e3 * statistics.median(times)
-                result["mbit_per_second"] = megabytes * 8.388608 / (time.perf_counter() - started)
-        dist.barrier()
-        return result
-
-
-def serve(settings: dict) -> None:
-    """A rank: obeys lines of stdin and answers on stdout."""
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = Rank(*(settings[name] for name in ("model", "batch_size", "pixels", "sleep_ms")))
-    print(json.dumps({"message_bytes": 4 * rank.zeros.numel()}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(getattr(rank, request.pop("do"))(**request)), flush=True)
-    exit_process(0)
-
-
-class Hosts:
-    """The ranks, one in each host of a network."""
-
-    def __init__(self, hosts: list[namespaces.Host], link: namespaces.Link, settings: dict) -> None:
-        self.address, self.link, self.ranks = hosts[1].address, link, []
-        for rank, host in enumerate(hosts):
-            for key, value in TCP.items():
-                subprocess.run(host.command("sysctl", "-qw", f"net.ipv4.{key}={value}"), check=True)
-            seat = {"RANK": rank, "WORLD_SIZE": len(hosts), "MASTER_ADDR": hosts[0].address}
-            seat |= {"MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE, "OMP_NUM_THREADS": 1}
-            command = host.command(sys.executable, __file__, "--rank", json.dumps(settings))
-            environment = os.environ | {key: str(value) for key, value in seat.items()}
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self.ranks.append(subprocess.Popen(command, env=environment, **pipes))
-        self.message_bytes = self._answers()[0]["message_bytes"]
-
-    def ask(self, do: str, **arguments: object) -> object:
-        """Rank 0's answer to what all ranks do."""
-        for rank in self.ranks:
-            rank.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            rank.stdin.flush()
-        return self._answers()[0]
-
-    def close(self) -> None:
-        """Ends the ranks."""
-        for rank in self.ranks:
-            rank.stdin.close()
-        for rank in self.ranks:
-            try:
-                rank.wait(10)
-            except subprocess.TimeoutExpired:
-                rank.kill()
-
-    def _answers(self) -> list:
-        return [json.loads(rank.stdout.readline()) for rank in self.ranks]
-
-
-@contextmanager
-def start_hosts(settings: dict) -> Iterator[Hosts]:
-    """The ranks on their hosts; ended and removed at the end.
-
-    Raises:
-        OSError: this machine cannot have network namespaces; the message says why.
-    """
-    with namespaces.hosts(settings["hosts"], mtu=65000) as (made, link):  # large packets: the relay is Python
-        ranks = Hosts(made, link, settings)
-        try:
-            yield ranks
-        finally:
-            ranks.close()
 
 
 def measure(hosts: Hosts, milliseconds: float, megabits: int | None, methods: list[str], args) -> dict:
@@ -201,35 +36,32 @@ def measure(hosts: Hosts, milliseconds: float, megabits: int | None, methods: li
     hosts.link.delay_ms, hosts.link.rate_mbit = milliseconds, megabits or 0
     megabytes = min(64, megabits // 20) if megabits else 64
     result = {"delay_ms": milliseconds, "mbit": megabits}
-    result |= {part: {name: [] for name in methods} for part in ("seconds", "cpu_seconds")}
+    result |= {part: {name: [] for name in methods} for part in ("seconds", "cpu_seconds", "relay_seconds")}
     result["calibration"] = hosts.ask("ping", address=hosts.address, megabytes=megabytes)
     hosts.ask("all_reduce", rounds=2)
     result["all_reduce"] = hosts.ask("all_reduce", rounds=5)
     relayed, dropped = hosts.link.packets, hosts.link.dropped
     for number in range(args.rounds):
         for name in methods[:: 1 if number % 2 else -1]:
-            for part, value in zip(
-                ("seconds", "cpu_seconds"), hosts.ask("block", name=name, steps=args.steps), strict=True
-            ):
-                result[part][name].append(value)
+            used = time.process_time()  # of this process, which does nothing but relay
+            block = hosts.ask("block", name=name, steps=args.steps)
+            block["relay_seconds"] = (time.process_time() - used) / block["steps"]
+            for part in ("seconds", "cpu_seconds", "relay_seconds"):
+                result[part][name].append(block[part])
     result |= {"packets": hosts.link.packets - relayed, "dropped": hosts.link.dropped - dropped}
     return result
 
 
-def stragglers(hosts: Hosts, args) -> list[dict]:
-    """CTS with stragglers, at 5 ms without limit: seconds per step."""
+def stragglers(hosts: Hosts, methods: list[str], rounds: int) -> list[dict]:
+    """Seconds per step of every method without stragglers, with one, and with each rank being one."""
     hosts.link.delay_ms, hosts.link.rate_mbit = 5, 0
-    names, rows = ["cts 0", "cts 1", "cts 2", "cts 4", "cts 8", "sgd"], []
-    kinds = ("", "hiccup", "in turn")
-    seconds = {name: {kind: [] for kind in kinds} for name in names}
-    for _ in range(args.rounds):
-        for name in names:
-            for kind in kinds:
-                steps = max(2, len(hosts.ranks)) * EVERY
-                seconds[name][kind].append(hosts.ask("block", name=name, steps=steps, straggler=kind)[0])
-    for name, by_kind in seconds.items():
-        rows.append({"step": name} | {kind or "none": by_kind[kind] for kind in kinds})
-    return rows
+    kinds = ("none", "one", "each")
+    seconds = {name: {kind: [] for kind in kinds} for name in methods}
+    for number in range(rounds):
+        for name in methods[:: 1 if number % 2 else -1]:
+            for kind in kinds[:: 1 if number % 2 else -1]:
+                seconds[name][kind].append(hosts.ask("block", name=name, steps=4 * EVERY, straggler=kind)["seconds"])
+    return [{"step": name} | by_kind for name, by_kind in seconds.items()]
 
 
 def plot(conditions: list[dict], title: str, path: Path) -> None:
@@ -252,7 +84,8 @@ def plot(conditions: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; `methods` is filled in."""
     parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--model", default="resnet20")
@@ -264,85 +97,85 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a block (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", help="of the list above, such as `cts 4` (default: all)")
-    parser.add_argument(
-        "--keep", type=Path, help="file of the conditions measured so far, to go on after an interruption"
-    )
-    parser.add_argument("--stragglers", action="store_true", help="measure stragglers too")
-    parser.add_argument("--rank", help="internal: the settings of a rank")
+    parser.add_argument("--keep", type=Path, help="file of what has been measured, to resume after an interruption")
+    parser.add_argument("--stragglers", action="store_true", help="measure stragglers, and no other condition")
     args = parser.parse_args(arguments)
-    if args.rank:
-        serve(json.loads(args.rank))
     if args.quick:
         args.model, args.batch_size, args.pixels, args.steps, args.rounds = "tiny", 4, 8, 2, 1
-        args.delays_ms, args.mbit, args.stragglers = [0, 5], [0, 100], True
-    methods = args.methods or [
-        *(f"cts {delay}" for delay in DELAYS),
-        "reptile",
-        *([] if args.sleep_ms else ["ddp"]),
-        "sgd",
-    ]
-    settings = {
-        name: getattr(args, name) for name in ("hosts", "model", "batch_size", "pixels", "sleep_ms", "steps", "rounds")
-    }
-    namespaces.QUEUE_SECONDS = 2.0  # several messages in flight wait for their turn; none is dropped
+        args.delays_ms, args.mbit = [0, 5], [0, 100]
+    delays = [f"cts {delay}" for delay in DELAYS]
+    others = ["sgd"] if args.stragglers else ["reptile", *([] if args.sleep_ms else ["ddp"]), "sgd"]
+    args.methods = args.methods or [*delays, *others]
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    computing = {name: getattr(args, name) for name in ("methods", "model", "batch_size", "pixels", "sleep_ms")}
     with ExitStack() as stack:
         try:
-            hosts = stack.enter_context(start_hosts(settings))
+            hosts = stack.enter_context(start_hosts(args.hosts, **computing))
         except OSError as error:
             print(f"skipped: {error}")
             return
+        settings = computing | {"hosts": args.hosts, "steps": args.steps, "rounds": args.rounds}
+        settings["message_bytes"] = hosts.message_bytes
+        name = f"{args.model}-{args.hosts}{'-asleep' if args.sleep_ms else ''}"
+        if args.stragglers:
+            late = stragglers(hosts, args.methods, args.rounds)
+            results = {"settings": settings, "stragglers": late}
+            rows = [{key: in_ms(value) if key != "step" else value for key, value in row.items()} for row in late]
+            return report.publish(f"stragglers-{name}", results, rows, args, world_size=args.hosts)
         kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
         wanted = {
             f"{delay:g} ms, {rate} Mbit/s": (delay, rate or None) for rate in args.mbit for delay in args.delays_ms
         }
-        for name, condition in wanted.items():
-            if name not in kept:
-                kept[name] = measure(hosts, *condition, methods, args)
-                print(summary(kept[name]), file=sys.stderr, flush=True)
+        for title, condition in wanted.items():
+            if title not in kept:
+                kept[title] = measure(hosts, *condition, args.methods, args)
+                print(summary(kept[title]), file=sys.stderr, flush=True)
                 if args.keep:
                     args.keep.write_text(json.dumps(kept))
-        conditions = [kept[name] for name in wanted]
-        late = stragglers(hosts, args) if args.stragglers else []
-    rows = table_rows(conditions, hosts.message_bytes, args.hosts, args.sleep_ms > 0)
-    for row in late:
-        shown = {
-            key: report.shown(report.spread([1e3 * v for v in value])) for key, value in row.items() if key != "step"
-        }
-        print(report.table([{"stragglers, ms": row["step"], **shown}]))
-    settings |= {"message_bytes": hosts.message_bytes}
-    results = {"settings": settings, "conditions": conditions, "stragglers": late}
-    name = f"slow-network-{args.model}-{args.hosts}{'-asleep' if args.sleep_ms else ''}"
-    report.publish(name, results, rows, args, world_size=args.hosts)
+    conditions = [kept[title] for title in wanted]
+    rows = table_rows(conditions, hosts.message_bytes, args.hosts)
+    results = {"settings": settings, "conditions": conditions}
+    report.publish(f"slow-network-{name}", results, rows, args, world_size=args.hosts)
     if args.out or not args.quick:
-        computing = f"{args.sleep_ms:g} ms asleep" if args.sleep_ms else f"batch {args.batch_size}"
-        title = f"{args.model}, {computing}, {args.hosts} hosts"
-        plot(conditions, title, (args.out or report.RESULTS) / f"{time.strftime('%F')}-{name}.png")
+        work = f"{args.sleep_ms:g} ms asleep" if args.sleep_ms else f"batch {args.batch_size}"
+        path = (args.out or report.RESULTS) / f"{time.strftime('%F')}-slow-network-{name}.png"
+        plot(conditions, f"{args.model}, {work}, {args.hosts} hosts", path)
 
 
-def table_rows(conditions: list[dict], message_bytes: int, hosts: int, asleep: bool) -> list[dict[str, object]]:
-    """A row per condition and method: ms per step, its ratio to sgd, and what the model of scaling.py says.
+def table_rows(conditions: list[dict], message_bytes: int, hosts: int) -> list[dict[str, object]]:
+    """A row per condition and method: ms per step, CPU, the ratio to sgd, and what the model of delay_model.py says.
 
-    The model's computation is `cts 0` without its all-reduce in the first condition. Unless the ranks are `asleep`, a
-    delay does not hide the all-reduce's CPU time, what it takes in the first condition: gloo's threads share the core.
+    The model takes three figures from the first condition: the all-reduce, which is CPU time there; the computation,
+    `cts 0` without it; and for d > 0, where the all-reduce's CPU time is not hidden, the step with the longest delay.
     """
     rows, first = [], conditions[0]
-    alone = statistics.median(first["seconds"]["cts 0"]) - first["all_reduce"]
+    steps = {name: statistics.median(values) for name, values in first["seconds"].items() if name.startswith("cts")}
+    alone, hidden = steps["cts 0"] - first["all_reduce"], list(steps.values())[-1]
     for condition in conditions:
-        rate = condition["mbit"] or condition["calibration"]["mbit_per_second"]
-        wire = 2 * (hosts - 1) / hosts * message_bytes * 8e-6 / rate
+        wire = 8e-6 * message_bytes / condition["mbit"] if condition["mbit"] else 0.0
         for name, seconds in condition["seconds"].items():
             row = {"one way, ms": condition["delay_ms"], "Mbit/s": condition["mbit"] or "-", "step": name}
-            row["ms"] = report.shown(report.spread([1e3 * value for value in seconds]))
-            row["CPU ms"] = 1e3 * statistics.median(condition["cpu_seconds"][name])
+            row |= {"ms": in_ms(seconds), "CPU ms": 1e3 * statistics.median(condition["cpu_seconds"][name])}
+            row["relay's CPU ms"] = 1e3 * statistics.median(condition["relay_seconds"][name])
             row["/ sgd"] = report.shown(report.ratio(seconds, condition["seconds"]["sgd"]))
             row["model, ms"] = row["model / measured"] = "-"
             kind, _, delay = name.partition(" ")
             if kind == "cts":
-                compute = alone + first["all_reduce"] * (delay != "0" and not asleep)
-                model = scaling.delayed_step(compute, condition["all_reduce"], wire, int(delay))
+                compute = hidden if int(delay) else alone
+                sends = ring(hosts, condition["delay_ms"] / 1e3, wire, overhead=first["all_reduce"])
+                model = delayed_step(compute, sends, int(delay))
                 row["model, ms"], row["model / measured"] = 1e3 * model, model / statistics.median(seconds)
             rows.append(row)
     return rows
+
+
+def in_ms(seconds: list[float]) -> str:
+    """Median and range for a table."""
+    return report.shown(report.spread([1e3 * value for value in seconds]))
 
 
 def summary(condition: dict) -> str:

@@ -1,0 +1,47 @@
+"""MODEL of a step whose all-reduce runs while later steps compute: messages in flight share the wire."""
+
+import heapq
+from typing import NamedTuple
+
+
+class Send(NamedTuple):
+    """Part of a message: seconds for which it occupies the wire, and seconds from then until the next part is ready."""
+
+    wire: float
+    latency: float
+
+
+def delayed_step(compute: float, sends: list[Send], delay: int, steps: int = 200) -> float:
+    """Seconds of a step that computes for `compute` seconds and whose message is waited for `delay` steps later.
+
+    A message leaves as soon as its step has computed, as `sends` one after another, and step k + d + 1 starts once that
+    of step k has arrived. The wire serves the messages in flight in the order in which their sends become ready. All
+    ranks behave alike, so that one rank's wire stands for all.
+    """
+    waiting: list[tuple[float, int, int]] = []  # when a message's next send is ready; the message; the send
+    arrived: dict[int, float] = {}
+    now = free = half = 0.0
+    for step in range(steps):
+        now += compute
+        heapq.heappush(waiting, (now, step, 0))
+        while (due := step - delay) >= 0 and due not in arrived:
+            ready, message, number = heapq.heappop(waiting)
+            free = max(ready, free) + sends[number].wire
+            then = free + sends[number].latency
+            if number + 1 < len(sends):
+                heapq.heappush(waiting, (then, message, number + 1))
+            else:
+                arrived[message] = then
+        now = max(now, arrived.get(due, 0.0))
+        half = now if step == steps // 2 else half
+    return (now - half) / (steps - 1 - steps // 2)
+
+
+def ring(hosts: int, latency: float, wire: float, overhead: float) -> list[Send]:
+    """gloo's ring all-reduce over one rank per host, one-way `latency` apart.
+
+    2 (W - 1) times, a rank passes 1 / W of the message to its neighbour, which first says in an empty packet that it is
+    ready. `wire`: seconds for which the message as a whole would occupy a wire; `overhead`: an all-reduce's CPU time.
+    """
+    rounds = 2 * (hosts - 1)
+    return [Send(0.0, latency), Send(wire / hosts, latency + overhead / rounds)] * rounds

@@ -10,6 +10,7 @@ SHELL := /bin/bash
 N ?= 100
 PYTHON ?= python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
+PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 STAMP := .venv/.installed
 
 setup: $(STAMP) ## create .venv and install all dependencies
@@ -20,10 +21,10 @@ demo: $(STAMP) ## meta-train eight small tasks on eight ranks, then meta-test ph
 	$(BIN)/python launch/meta_test.py --config configs/demo_meta_test.yaml --phi runs/demo/phi.safetensors
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(STAMP) ## run the tests too slow for `make test`
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 slurm: $(STAMP) ## run the tests of launch/slurm on a SLURM that they start (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm

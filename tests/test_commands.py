@@ -11,6 +11,7 @@ import pytest
 
 from dist_cts import config
 from dist_cts.commands import COMMANDS, plot, train
+from dist_cts.commands.demo import draw_missing
 from tests.helpers.commands import ENVIRONMENT, ROOT, TORCHRUN
 
 SHORT = ["tasks=[digits, colours]", "model={name: tiny}", "episodes=1", "inner_steps=4", "batch_size=8", "log_every=2"]
@@ -70,6 +71,17 @@ def test_train_draws_the_demo_once_for_all_ranks_and_plot_draws_the_run(run, tmp
     assert (code, out) == (0, "curves.png: written\n"), err
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"data", "runs", "curves.png"}
+
+
+def test_configurations_based_on_the_demo_draw_its_tasks_and_a_users_own_do_not(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {config.CONFIGS / 'demo.yaml'}\n")
+    for file in (mine, config.CONFIGS / "long_horizon.yaml"):
+        draw_missing(file, tmp_path, ["colours"])
+        assert list(tmp_path.iterdir()) == [mine]
+    for number, name in enumerate(("anil.yaml", "partial/head_only.yaml")):
+        draw_missing(config.CONFIGS / name, tmp_path / str(number), ["colours"])
+        assert (tmp_path / str(number) / "colours/test.json").exists()
 
 
 def test_the_commands_are_listed_without_torch(run):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from dist_cts.config import CONFIGS
 from dist_cts.errors import RunError
+from dist_cts.yaml_file import read_yaml
 
 DEMO = CONFIGS / "demo.yaml"
 FILES = (DEMO, CONFIGS / "demo_meta_test.yaml")
 
 
 def draw_missing(file: Path, root: Path, names: Sequence[str]) -> None:
-    """Draws the embedded tasks among `names` that `root` lacks, if `file` is a configuration of the demo.
+    """Draws the embedded tasks among `names` that `root` lacks, if `file` is the demo's or a shipped one based on it.
 
     Local rank 0 of every node draws, under a lock because nodes can share a disk. The other ranks wait for the files:
     they have not joined the process group, so no collective can time out. If local rank 0 fails, torchrun ends them.
@@ -23,7 +24,7 @@ def draw_missing(file: Path, root: Path, names: Sequence[str]) -> None:
     Raises:
         RunError: the tasks cannot be written.
     """
-    if file.resolve() not in FILES or not _missing(root, names):
+    if not _missing(root, names) or not _of_the_demo(file.resolve()):
         return
     from dist_cts.data.prepare import catalog, embedded  # late, as fonts and samples take a second
     from dist_cts.data.prepare.task import Options, prepare
@@ -43,6 +44,12 @@ def draw_missing(file: Path, root: Path, names: Sequence[str]) -> None:
                 prepare(catalog.entry(catalog.EMBEDDED + name), None, root / name, Options())
     except (ValueError, OSError) as error:
         raise RunError(f"cannot draw the demo's tasks into {root}: {error}", speaker=rank) from error
+
+
+def _of_the_demo(file: Path) -> bool:
+    return file in FILES or (
+        file.is_relative_to(CONFIGS) and (file.parent / read_yaml(file).get("base", "")).resolve() in FILES
+    )
 
 
 def _missing(root: Path, names: Sequence[str]) -> list[str]:

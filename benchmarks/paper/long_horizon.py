@@ -9,7 +9,6 @@ python benchmarks/paper/long_horizon.py --config configs/paper/cts.yaml --meta-t
     --validation gtsrb --single tiny-imagenet-0-100 --steps 200000 --tune-steps 20000 --results runs/paper-size
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -18,12 +17,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from benchmarks.paper.long_horizon_runs import Run, Study, execute, random_initialization
+from benchmarks.paper.long_horizon_runs import ROOT, Run, Study, argument_parser, execute, random_initialization
 from dist_cts.data import beton
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "paper" / "long_horizon"
 COMPARED = ("cts", "reptile", "no_shifting", "random_shifting")
 OTHERS = ("leap", "fomaml++", "fomaml", "imaml")
@@ -187,22 +184,14 @@ def _classes(study: Study, task: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long_horizon.yaml")
-    parser.add_argument("--meta-test", type=Path, default=ROOT / "configs" / "long_horizon_meta_test.yaml")
+    parser = argument_parser(__doc__, ROOT / "runs" / "long_horizon", RESULTS, steps=6000)
     parser.add_argument("--validation", nargs="+", default=["letters", "tiny-imagenet-20-40"], help="tasks, no targets")
     parser.add_argument("--single", nargs="*", default=["tiny-imagenet-0-20", "fashion-mnist"], help="single sources")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "long_horizon", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished runs' JSON files")
-    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, one process and thread each")
     parser.add_argument(
         "--K", type=int, nargs="+", default=[1000, 100, 10], help="values of K, in the order in which they run"
     )
-    parser.add_argument("--steps", type=int, default=6000, help="inner steps per task of a run")
     parser.add_argument("--tune-steps", type=int, default=2000, help="inner steps per task of a tuning run")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of every method and K")
     parser.add_argument("--main-seeds", type=int, default=8, help=f"of {', '.join(COMPARED)} at the first K")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training and meta-test")
     args = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     study = Study(

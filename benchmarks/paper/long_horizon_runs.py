@@ -1,5 +1,6 @@
 """One run of the long-horizon study: its configurations, its computation and its record, a JSON file."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -18,6 +19,22 @@ from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import STOPPED
 from dist_cts.run.meta_test import MetaTestConfig, meta_test
 from dist_cts.run.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def argument_parser(description: str | None, work: Path, results: Path, *, steps: int) -> argparse.ArgumentParser:
+    """The options of every command that queues such runs; the arguments are the defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long_horizon.yaml")
+    parser.add_argument("--meta-test", type=Path, default=ROOT / "configs" / "long_horizon_meta_test.yaml")
+    parser.add_argument("--work", type=Path, default=work, help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=results, help="folder of the finished runs' JSON files")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, one process and thread each")
+    parser.add_argument("--steps", type=int, default=steps, help="inner steps per task of a run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every setting")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training and meta-test")
+    return parser
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ four targets. A finished run is one JSON file in --results. `reset.statistics` i
 statistics are used in evaluation alone, so phi has the same bits with and without it (a test says so).
 """
 
-import argparse
 import json
 import os
 from concurrent.futures import Future
@@ -15,9 +14,8 @@ from pathlib import Path
 
 from benchmarks.paper.figures import RESULTS
 from benchmarks.paper.long_horizon import Queue, score
-from benchmarks.paper.long_horizon_runs import Run, Study
+from benchmarks.paper.long_horizon_runs import ROOT, Run, Study, argument_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = RESULTS / "resets"
 TARGETS = ("kmnist", "sign-language-digits", "georgian", "icons")
 RESETS = {
@@ -46,16 +44,8 @@ def accuracies(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long_horizon.yaml")
-    parser.add_argument("--meta-test", type=Path, default=ROOT / "configs" / "long_horizon_meta_test.yaml")
+    parser = argument_parser(__doc__, ROOT / "runs" / "resets", FOLDER, steps=500)
     parser.add_argument("--targets", nargs="+", default=TARGETS)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "resets", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the finished runs' JSON files")
-    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, one process and thread each")
-    parser.add_argument("--steps", type=int, default=500, help="inner steps per task of a run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for meta-training and meta-test")
     args = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     study = Study(

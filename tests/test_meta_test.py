@@ -13,6 +13,7 @@ from dist_cts import models
 from dist_cts.data import beton
 from dist_cts.data.batches import DataConfig
 from dist_cts.data.plan import SamplePlan
+from dist_cts.data.source import ResidentSource
 from dist_cts.data.tasks import open_split
 from dist_cts.learner import TaskLearner
 from dist_cts.run import meta_test as meta_test_module
@@ -183,3 +184,24 @@ def test_every_target_is_verified_once_and_its_splits_are_loaded_once_for_all_it
     assert meta_test_module.meta_test(config) == 0
     assert sum(verified) == 4
     assert len(loaded) == 8  # two splits of two targets, before the first job and for all jobs of a target
+
+
+def test_every_split_is_verified_and_loaded_once_for_all_jobs_of_a_target(tasks, tmp_path, monkeypatch):
+    loaded, verified = [], []
+    load, verify = ResidentSource.__init__, beton.verify
+
+    def counted(path, checksum=True):
+        verified.extend([path] if checksum else [])
+        return verify(path, checksum=checksum)
+
+    monkeypatch.setattr(
+        ResidentSource, "__init__", lambda self, path, *rest: loaded.append(path) or load(self, path, *rest)
+    )
+    monkeypatch.setattr(beton, "verify", counted)
+    config = MetaTestConfig(
+        targets=["a", "b"], seeds=3, steps=1, batch_size=4, eval_points=1, model={"name": "tiny"}, device="cpu",
+        data={"root": tasks}, out=tmp_path,
+    )  # fmt: skip
+    assert len(meta_test_module.run_jobs(config, {})) == 6
+    expected = sorted(tasks / task / f"{split}.beton" for task in "ab" for split in ("train", "test"))
+    assert sorted(loaded) == sorted(verified) == expected

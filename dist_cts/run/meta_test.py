@@ -120,12 +120,13 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
             loaded = {start: load_phi(phi, config.model) for start, phi in phis.items()}
             verified = config.data.model_copy(update={"verify": False})  # once is enough
             opened = lru_cache(maxsize=2)(partial(open_split, config=verified, device=device))  # of the current target
+            without_images = config.data.model_copy(update={"cache": "stream"})  # its jobs load them, once
             for target in config.targets:
                 sizes, bf16 = {target: config.batch_size}, config.precision == "bf16"
                 for warning in check_batches(sizes, config.model, config.data, device, bf16=bf16):
                     log_rank0(warning)
-                open_split(target, "test", config.data, device)
-                train = open_split(target, "train", config.data, device)
+                open_split(target, "test", without_images, device)
+                train = open_split(target, "train", without_images, device)
                 if config.few_shot.ways:
                     check_prepared(train, target)
                 learner = open_learner(config, target, train, 0, device)

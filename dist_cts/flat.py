@@ -133,6 +133,10 @@ class FlatParams:
         """What is private to the task <- where it started."""
         self.vector[self.body_layout.numel :].copy_(self._private_start)
 
+    def start_private(self, values: Tensor) -> None:
+        """What is private to the task starts at `values` [H] from the next `reset_private` on."""
+        self._private_start.copy_(values)
+
     @torch.no_grad()
     def start_rest(self, rest: Mapping[str, Tensor]) -> None:
         """Starts what is in neither phi nor the head from shared values, one tensor per name in `parts.rest`.

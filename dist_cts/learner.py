@@ -235,18 +235,19 @@ class TaskLearner:
         return state | {f"buffers.{name}": buffer for name, buffer in self.model.named_buffers()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores a `state_dict`, including which optimizer states it has and lacks."""
+        """Restores a `state_dict` on any device, including which optimizer states it has and lacks."""
+        device = self.theta.device
         self.flat.vector.copy_(state["parameters"])
         self.optimizer.state[self.parameter].clear()
         buffers = dict(self.model.named_buffers())
         for key, value in state.items():
             kind, _, name = key.partition(".")
             if kind == "optimizer":
-                self.optimizer.state[self.parameter][name] = value.clone()
+                self.optimizer.state[self.parameter][name] = value.to(device, copy=True)
             elif kind == "buffers":
                 buffers[name].copy_(value)
             elif kind == "memory":
-                self.memory[name] = value.clone()
+                self.memory[name] = value.to(device, copy=True)
 
     def _forward(self, inputs: Any) -> Tensor:
         """The model's outputs; the loss is never computed in half precision."""

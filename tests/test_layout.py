@@ -12,7 +12,7 @@ FLOORS = (
     ("atomic", "config", "config_faults", "errors", "flat", "progress", "registry", "schedules", "seeds", "yaml_file"),
     ("losses", "optimizer"),
     ("data", "learner", "models"),
-    ("algorithms", "data.prepare", "distributed", "state"),
+    ("algorithms", "data.prepare", "distributed", "pool", "state"),
     ("checkpoint", "meta_train", "step_graph"),
     ("run", "synthetic"),
     ("commands", "examples"),

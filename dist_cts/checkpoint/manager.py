@@ -211,8 +211,7 @@ class CheckpointManager:
             load_named(state.layout, state.phi, states[PHI])
             state.load_outer_state(states.get(OUTER, {}))
             for learner in state.learners:
-                tensors = states[task_file(learner.name)]
-                learner.load_state_dict({key: value.to(state.phi.device) for key, value in tensors.items()})
+                learner.load_state_dict(states[task_file(learner.name)])
                 learner.seek(step)
             state.progress.step = self.newest = step
             self._schedule.resumed(step)

@@ -72,6 +72,7 @@ class TrainConfig(Config):
         **dict.fromkeys(("outer_lr", "beta", "meta_learning_rate", "outer_learning_rate", "meta_step_size"), "meta_lr"),
         **dict.fromkeys(("output_dir", "output", "out", "out_dir", "log_dir", "logdir", "save_dir"), "run_dir"),
         **dict.fromkeys(("task", "dataset", "datasets", "train_tasks"), "tasks"),
+        **dict.fromkeys(("meta_batch", "meta_batch_size", "tasks_per_batch", "num_tasks"), "tasks_per_episode"),
         "algo": "algorithm",
         **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule"), "inner.schedule"),
         **dict.fromkeys(("pretrained", "weights", "init_from", "phi", "initialization"), "init"),
@@ -87,6 +88,9 @@ class TrainConfig(Config):
     inner_steps: int = Field(1000, gt=0, description="K, inner steps per episode")
     meta_lr: float = Field(0.01, gt=0, description="beta, smaller for larger K (supplement, Table 3)")
     tasks: list[Task] = Field(min_length=1, description="T prepared tasks: names, or {name, classes, batch_size, loss}")
+    tasks_per_episode: int = Field(
+        0, ge=0, description="N: learners, each with another of the T tasks in every episode; 0: a learner per task"
+    )
     batch_size: int = Field(128, gt=0, description="images per task and inner step")
     seed: int = Field(0, description="seeds initialization, data order and augmentation")
     init: str | None = Field(
@@ -168,6 +172,29 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _the_pool_fits(self) -> "TrainConfig":
+        N, T = self.tasks_per_episode, len(self.tasks)
+        if not N:
+            return self
+        if N > T:
+            raise ValueError(f"tasks_per_episode={N} exceeds the {T} tasks; set at most {T}, or 0 for all in every one")
+        if self.few_shot.ways:
+            raise ValueError("few_shot draws its own tasks: set few_shot.tasks and leave out tasks_per_episode")
+        given = {
+            "algorithm=accurate": self.algorithm == "accurate",  # copies the whole state at every episode
+            f"placement={self.placement}": self.placement != "even",
+            f"eval_every={self.eval_every}": self.eval_every,
+            f"step={self.step}": self.step == "graph",
+            "a task's own loss": any(task.loss for task in self.tasks),
+            "model.rest=private": self.model.body is not None and self.model.rest == "private",
+        }
+        if refused := [key for key, value in given.items() if value]:
+            raise ValueError(
+                f"tasks_per_episode={N}: learners change their tasks, which {refused[0]} does not allow; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_unique(self) -> "TrainConfig":
         if duplicates := [name for name, count in Counter(self.task_names).items() if count > 1]:
             raise ValueError(f"tasks: duplicate task name {duplicates[0]!r} in {', '.join(self.task_names)}")
@@ -212,6 +239,11 @@ class TrainConfig(Config):
     def task_names(self) -> list[str]:
         """In task order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def learner_names(self) -> list[str]:
+        """In order: those of the tasks, or of `tasks_per_episode` learners that draw their tasks."""
+        return [f"learner-{number}" for number in range(1, self.tasks_per_episode + 1)] or self.task_names
 
     def batch_size_of(self, task: TaskConfig) -> int:
         """The task's batch size, by default the run's."""

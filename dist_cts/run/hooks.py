@@ -132,7 +132,7 @@ class Hooks:
     def _handle(self, control: Control) -> None:
         self.metrics.add(control)
         self.state.progress.stopping |= control.stop
-        names, limit = self.config.task_names, self.config.loss_limit
+        names, limit = self.config.learner_names, self.config.loss_limit
         above = set((control.loss > limit).nonzero().flatten().tolist())
         for task in sorted(above - self.diverging):
             log_rank0(
@@ -146,7 +146,7 @@ class Hooks:
             self._restart_nonfinite(control, tasks)
 
     def _restart_nonfinite(self, control: Control, tasks: list[int]) -> None:
-        names = ", ".join(self.config.task_names[task] for task in tasks)
+        names = ", ".join(self.config.learner_names[task] for task in tasks)
         fault = f"step {control.step}: the update of task {names} is not finite"
         if self.config.nonfinite == "abort":
             latest = f"; the latest checkpoint is in {self.checkpoints.folder}" if self.checkpoints.folder else ""
@@ -178,7 +178,7 @@ def export(config: TrainConfig, state: TrainState, path: Path) -> None:
         "algorithm": config.algorithm,
         "step": step,
         "tasks": tasks,
-        "cumulative_inner_steps": step * tasks,
+        "cumulative_inner_steps": step * len(config.learner_names),
     }
     named = {**state.rest, **state.layout.views(state.phi)}
     export_phi(path, named, {key: str(value) for key, value in details.items()})

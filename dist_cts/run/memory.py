@@ -28,10 +28,12 @@ def check_batches(
     *,
     bf16: bool = False,
     sharing: int = 1,
+    at_once: int = 0,
 ) -> list[str]:
     """Checks the batch size of every prepared task, by name, before anything of that size is allocated.
 
-    The tasks are spread over the ranks; `sharing` ranks divide each batch.
+    The tasks are spread over the ranks; `sharing` ranks divide each batch. `at_once`: number of tasks whose images
+    are in memory at the same time; 0: all.
 
     Returns:
         Warnings: batches that are larger than their task's training split.
@@ -47,6 +49,7 @@ def check_batches(
     held = [manifest.count * _image_bytes(manifest) for manifest in manifests.values()]
     if data.cache == "auto":
         held = [size for size in held if size <= data.resident_limit_gib * GIB]
+    held = sorted(held)[-at_once:]
     if data.cache != "stream" and sum(held) / ranks > free:
         raise ValueError(
             f"data.cache={data.cache}: the tasks' images need {sum(held) / ranks / GIB:.1f} GiB per rank, "

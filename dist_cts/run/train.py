@@ -97,7 +97,8 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
                 config.data,
                 device,
                 bf16=config.precision == "bf16",
-                sharing=max(1, dist.get_world_size() // len(config.tasks)),
+                sharing=max(1, dist.get_world_size() // len(config.learner_names)),
+                at_once=config.tasks_per_episode,
             )
         for warning in warnings:
             log_rank0(warning)
@@ -119,7 +120,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
             learners = build_learners(config, placement, device)
             held = folder.RunFolder(config.run_dir, owner=placement.rank == 0, fresh=fresh)
         liveness.describe = lambda ranks: (
-            f"{describe_ranks(assignment, config.task_names, ranks)}, in step {progress.step},"
+            f"{describe_ranks(assignment, config.learner_names, ranks)}, in step {progress.step},"
         )
         group = data_group(placement, backend_timeout(device, config.timeout_seconds))
         with raise_on_all_ranks():
@@ -177,7 +178,8 @@ def _run(
                 folder.describe_run(config.run_dir, config, device, placement.world_size),
             )
             held.describe()
-        tasks = {task.name: make_loss(config.loss_of(task)).metric for task in config.tasks}
+        losses = [config.loss_of(task) for task in config.tasks]  # the same for all tasks of a pool
+        tasks = {name: make_loss(loss).metric for name, loss in zip(config.learner_names, losses, strict=False)}
         metrics = Metrics(held, tasks, placement, state.progress, steps, _open_loggers(config, state.progress))
     _announce(config, algorithm, placement, costs, resumed)
     with metrics:
@@ -225,7 +227,7 @@ def _announce(
     if warning := delay_warning(config.inner, beta, K, delay=late, period=algorithm.period or K):
         log_rank0(warning)
     if config.placement != "even":
-        log_rank0(describe_assignment(placement.assignment, config.task_names, costs))
+        log_rank0(describe_assignment(placement.assignment, config.learner_names, costs))
     if resumed is not None:
         log_rank0(f"resuming from checkpoint at step {resumed}")
 

@@ -106,7 +106,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
     """phi: {name: tensor}; models: one per task; batches(task, step) -> (x, y). Returns phi after M episodes.
 
     options: every, outer {momentum, nesterov, schedule}, delay (in steps), scale, gradient ("fomaml" within an
-    episode), lam, iterations, direction(step) -> {name: tensor}.
+    episode), draw(m) -> the tasks of episode m, lam, iterations, direction(step) -> {name: tensor}.
     """
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
@@ -121,8 +121,9 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
         beta_m = (
             beta * {"constant": 1, "linear": 1 - m / M, "cosine": math.cos(math.pi * m / M / 2) ** 2}[outer["schedule"]]
         )
-        for theta in body:
-            for name, p in theta.items():
+        drawn = options["draw"](m) if "draw" in options else range(len(models))
+        for task in drawn:
+            for name, p in body[task].items():
                 p.data.copy_(phi[name])
         starts = [copy.deepcopy((m.state_dict(), o.state_dict())) for m, o in zip(models, optimizers, strict=True)]
         paths = [[] for _ in models]
@@ -132,14 +133,14 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
             return options["lam"] * (p - phi[name]) if algorithm == "imaml" else 0
 
         for k in range(1, K + 1):
-            for task, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                paths[task].append(
-                    sgd_step(model, optimizer, batches(task, step), head, lr_at(inner, k - 1, K), clip, freeze, pull)
-                )
+            for task in drawn:
+                batch, lr = batches(task, step), lr_at(inner, k - 1, K)
+                paths[task].append(sgd_step(models[task], optimizers[task], batch, head, lr, clip, freeze, pull))
             step += 1
             if k % every == 0:
                 gradients = []
-                for task, model in enumerate(models):
+                for task in drawn:
+                    model = models[task]
                     if algorithm == "fomaml" or options.get("gradient") == "fomaml":
                         gradients.append(fomaml(model, batches(task, step - 1), head))
                     elif algorithm == "fomaml++":
@@ -152,7 +153,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                         gradients.append(leap(paths[task]))
                     else:
                         gradients.append({n: phi[n] - body[task][n].data for n in phi})
-                delta = {n: -beta_m * sum(gradient[n] for gradient in gradients) / len(models) for n in phi}
+                delta = {n: -beta_m * sum(gradient[n] for gradient in gradients) / len(drawn) for n in phi}
                 late.append((step, delta))
             while late and (k == K or late[0][0] + options.get("delay", 0) <= step):
                 delta = late.pop(0)[1]
@@ -166,7 +167,7 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                     direction = options["direction"](step)
                     scale = length / sum((d**2).sum() for d in direction.values()).sqrt()
                     delta = {n: scale * d for n, d in direction.items()}
-                for task, theta in enumerate(body):
+                for task, theta in ((task, body[task]) for task in drawn):
                     if algorithm == "accurate" and k < K:
                         models[task].load_state_dict(starts[task][0])
                         optimizers[task].load_state_dict(copy.deepcopy(starts[task][1]))

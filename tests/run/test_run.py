@@ -14,6 +14,7 @@ from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import DONE, STOPPED
 from dist_cts.run.hooks import Hooks
+from tests.helpers.batches import write_task
 
 K, M = 5, 3
 # Steps after which the run is stopped and resumed, in order.
@@ -128,6 +129,21 @@ def test_few_shot_tasks_resume_in_the_middle_of_an_episode(train, config, tmp_pa
     assert train(config, K + 2)[0] == STOPPED
     assert_same(train(config)[1], expected)
     assert not torch.equal(expected["a-1.labels"], expected["a-2.labels"])
+
+
+def test_a_pool_resumes_in_the_middle_of_an_episode_with_the_tasks_that_rest(train, config, tmp_path):
+    names = [f"p{number}" for number in range(5)]
+    for seed, name in enumerate(names):
+        write_task(tmp_path / "pool", name, count=30, seed=seed)
+    values = config.model_dump() | {"tasks": names, "tasks_per_episode": 2, "episodes": 5, "eval_every": 0}
+    config = TrainConfig.model_validate(values | {"data": {"root": tmp_path / "pool"}})
+    _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
+    for stop in (K + 2, 3 * K, 3 * K + 1):
+        assert train(config, stop)[0] == STOPPED
+    assert_same(train(config)[1], expected)
+    resting = [value for key, value in expected.items() if ".resting." in key and key.endswith("momentum_buffer")]
+    assert len(resting) == 3  # of 5 tasks, 2 are not resting
+    assert all(value.any() for value in resting)
 
 
 @pytest.mark.parametrize(("name", "still"), [("anil", "body"), ("boil", "head")])

@@ -1,5 +1,6 @@
-"""A long run in small: memory, open files, threads, step time and log size per step must stay flat."""
+"""A long run in small: memory, open files, threads, time and log size per step must stay flat."""
 
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,14 @@ from benchmarks.runs import ROOT, command
 
 EPILOG = """\
 Two ranks train a tiny network on two small tasks for --steps steps, with a checkpoint every 500. Both ranks are sampled
-during the run; the table compares the first and the last tenth of the samples after the first 5 % of the steps. All
-columns but step time are independent of other load on the machine.
+during the run; the table compares the first and the last tenth of the samples after the first 5 % of the steps. The
+step times are quantiles over the samples and depend on other load on the machine; the CPU time depends on it little, all
+other figures not at all.
 
   python benchmarks/endurance.py --steps 100000
 """
 RANKS, PARTS = 2, 10
+TICK = os.sysconf("SC_CLK_TCK")  # per second
 CONFIG = """\
 tasks: [shapes, colours]
 inner_steps: 100
@@ -43,9 +46,11 @@ def sample(agent: subprocess.Popen, run: Path, log: Path) -> dict[str, float] | 
     if len(ranks) < RANKS or not steps or not metrics.exists():
         return None
     status = [dict(re.findall(r"(\w+):\s+(\d+)", (rank / "status").read_text())) for rank in ranks]
+    ticks = [sum(map(int, (rank / "stat").read_text().rpartition(")")[2].split()[11:13])) for rank in ranks]
     return {
         "step": int(steps[-1]),
         "time": time.monotonic(),
+        "CPU time, ms": 1000 * sum(ticks) / TICK,
         "resident memory, MiB": sum(int(values["VmRSS"]) for values in status) / 1024,
         "open files": sum(len(os.listdir(rank / "fd")) for rank in ranks),
         "threads": sum(int(values["Threads"]) for values in status),
@@ -81,22 +86,29 @@ def watch(folder: Path, steps: int, period: float) -> list[dict[str, float]]:
 
 
 def compare(samples: list[dict[str, float]]) -> list[dict[str, object]]:
-    """First and last tenth of the samples, medians; sizes of logs and time as increase per step."""
+    """First and last tenth of the samples, medians; sizes of logs and CPU time as increase per step."""
     settled = [values for values in samples if values["step"] >= samples[-1]["step"] / 20]
     size = max(2, len(settled) // PARTS)
-    first, last = settled[:size], settled[-size:]
-    rows = []
-    for key in samples[0].keys() - {"step", "time"} | {"step time, ms"}:
-        if key in ("step time, ms",) or key.endswith("bytes"):
-            name, source, factor = (key, "time", 1000) if key == "step time, ms" else (f"{key} per step", key, 1)
-            values = [
-                factor * (part[-1][source] - part[0][source]) / max(1, part[-1]["step"] - part[0]["step"])
-                for part in (first, last)
-            ]
+    parts, rows = (settled[:size], settled[-size:]), []
+    for key in samples[0].keys() - {"step", "time"}:
+        if key.endswith(("bytes", "ms")):
+            steps = [max(1, part[-1]["step"] - part[0]["step"]) for part in parts]
+            rows.append(
+                (f"{key} per step", *((part[-1][key] - part[0][key]) / n for part, n in zip(parts, steps, strict=True)))
+            )
         else:
-            name, values = key, [statistics.median(values[key] for values in part) for part in (first, last)]
-        rows.append({"figure": name, "first tenth": values[0], "last tenth": values[1]})
-    return sorted(rows, key=lambda row: row["figure"])
+            rows.append((key, *(statistics.median(values[key] for values in part) for part in parts)))
+    times = [step_times(part) for part in parts]
+    for tenth, name in ((1, "10th percentile"), (5, "median"), (9, "90th percentile")):
+        rows.append((f"step time, ms, {name}", *(part[tenth - 1] for part in times)))
+    return [dict(zip(("figure", "first tenth", "last tenth"), row, strict=True)) for row in sorted(rows)]
+
+
+def step_times(samples: list[dict[str, float]]) -> list[float]:
+    """The nine deciles of the time per step between two samples, in ms."""
+    moved = [(a, b) for a, b in itertools.pairwise(samples) if b["step"] > a["step"]]
+    times = [1000 * (b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in moved]
+    return statistics.quantiles(times * 2 if len(times) == 1 else times or [0, 0], n=10)
 
 
 def main(arguments: list[str] | None = None) -> int:

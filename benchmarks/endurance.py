@@ -16,9 +16,8 @@ from benchmarks.runs import ROOT, command
 
 EPILOG = """\
 Two ranks train a tiny network on two small tasks for --steps steps, with a checkpoint every 500. Both ranks are sampled
-during the run; the table compares the first and the last tenth of the samples after the first 5 % of the steps. The
-step times are quantiles over the samples and depend on other load on the machine; the CPU time depends on it little, all
-other figures not at all.
+during the run; the table compares the first and the last tenth of the samples after the first 5 % of the steps. Step
+times are quantiles over the samples. They depend on other load on the machine, and so does the CPU time.
 
   python benchmarks/endurance.py --steps 100000
 """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_cts import models
 from dist_cts.checkpoint.phi import load_phi
-from dist_cts.data.datasets import DATASETS
+from dist_cts.data.datasets import DATASETS, DatasetSplit
 from dist_cts.data.tasks import Split, check_prepared, open_split, outputs
 from dist_cts.distributed.balance import Costs, named_assignment, plan
 from dist_cts.distributed.placement import Assignment, Placement, even_assignment
@@ -20,6 +20,7 @@ from dist_cts.losses import make_loss
 from dist_cts.optimizer import inner_schedule
 from dist_cts.pool import PoolBatches, PoolLearner, share
 from dist_cts.run.config import TaskConfig, TrainConfig
+from dist_cts.run.memory import check_dataset
 from dist_cts.seeds import hashed_seed
 
 
@@ -128,6 +129,11 @@ def _open_learner(config: TrainConfig, index: int, placement: Placement, device:
     classes = config.few_shot.ways if pool else outputs(split, task.name, task.classes)
     learner = build_learner(config, device, task, classes, batches)
     _check(config, learner, split, classes, placement, device)
+    if isinstance(split, DatasetSplit):
+        size, bf16 = config.batch_size_of(task), config.precision == "bf16"
+        check_dataset(
+            task.name, size, split.example, config.model, classes, device, bf16=bf16, sharing=placement.data_ranks
+        )
     return learner
 
 

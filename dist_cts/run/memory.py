@@ -1,13 +1,16 @@
 """Whether a step fits into a rank's memory: a lower bound, so that what cannot fit is refused instead of killed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from dist_cts import models
 from dist_cts.data.batches import CHUNK_STEPS, DataConfig
@@ -55,20 +58,11 @@ def check_batches(
             f"data.cache={data.cache}: the tasks' images need {sum(held) / ranks / GIB:.1f} GiB per rank, "
             f"{free / GIB:.1f} GiB are free; set data.cache=stream"
         )
-    tried: dict[tuple[int, int], float] = {}
+    tried = cache(partial(_saved_by_images, model, device=device, bf16=bf16))
     for name, manifest in manifests.items():
-        images = sizes[name] / sharing
-        needed = images * (5 * _image_bytes(manifest) + PLAN_BYTES)  # as uint8 and as float32
-        key = manifest.pixels, manifest.classes
-        if needed * CERTAIN > free and needed <= free:
-            if key not in tried:
-                tried[key] = saved_bytes(model, *key, device, bf16)
-            needed += images * tried[key]
-        if needed > free:
-            raise ValueError(
-                f"batch_size={sizes[name]}: a step of task {name} needs at least {needed / GIB:.1f} GiB, "
-                f"{free / GIB:.1f} GiB are free per rank; lower batch_size"
-            )
+        per_image = 5 * _image_bytes(manifest) + PLAN_BYTES  # as uint8 and as float32
+        saved = partial(tried, manifest.pixels, manifest.classes)
+        _check_step(name, sizes[name], sizes[name] / sharing * per_image, sizes[name] / sharing, saved, free)
     return [
         f"warning: task {name}: batch_size={sizes[name]} exceeds its {manifest.count} training images; "
         "every batch repeats some of them"
@@ -77,8 +71,54 @@ def check_batches(
     ]
 
 
-def saved_bytes(config: ModelConfig, pixels: int, classes: int, device: torch.device, bf16: bool = False) -> float:
-    """Bytes per image that a forward pass keeps for its backward pass."""
+def check_dataset(
+    name: str,
+    batch_size: int,
+    inputs: Any,
+    model: ModelConfig,
+    classes: int,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    sharing: int = 1,
+) -> None:
+    """As `check_batches` for a task that is a dataset, whose first two examples have the given `inputs`.
+
+    Raises:
+        ValueError: a step on a batch needs more than this rank's free memory.
+    """
+    examples = batch_size / sharing
+    size = sum(tensor.nbytes for tensor in tree_leaves(inputs)) / 2
+    _check_step(
+        name,
+        batch_size,
+        examples * size,
+        examples,
+        lambda: saved_bytes(model, inputs, classes, device, bf16),
+        free_bytes(device),
+    )
+
+
+def _check_step(
+    name: str, batch_size: int, needed: float, examples: float, saved: Callable[[], float], free: float
+) -> None:
+    """`needed`: bytes of a batch of so many examples; `saved`: bytes that the model keeps of each, if it matters."""
+    if needed * CERTAIN > free and needed <= free:
+        needed += examples * saved()
+    if needed > free:
+        raise ValueError(
+            f"batch_size={batch_size}: a step of task {name} needs at least {needed / GIB:.1f} GiB, "
+            f"{free / GIB:.1f} GiB are free per rank; lower batch_size"
+        )
+
+
+def _saved_by_images(config: ModelConfig, pixels: int, classes: int, *, device: torch.device, bf16: bool) -> float:
+    images = torch.zeros(2, 3, pixels, pixels, device=device)  # batch norm may need more than one
+    return saved_bytes(config, images, classes, device, bf16)
+
+
+def saved_bytes(config: ModelConfig, inputs: Any, classes: int, device: torch.device, bf16: bool = False) -> float:
+    """Bytes per example that a forward pass keeps for its backward pass; `inputs`: those of two examples."""
     model, _ = models.build(config, classes, "memory")
     model.to(device)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -89,13 +129,12 @@ def saved_bytes(config: ModelConfig, pixels: int, classes: int, device: torch.de
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.zeros(2, 3, pixels, pixels, device=device)  # batch norm may need more than one
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with torch.random.fork_rng(devices), autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(images)  # holds the graph, and with it what the graph keeps
-    del logits
-    return sum(size for storage, size in kept.items() if storage not in own) / len(images)
+        outputs = model(inputs)  # holds the graph, and with it what the graph keeps
+    del outputs
+    return sum(size for storage, size in kept.items() if storage not in own) / 2
 
 
 def free_bytes(device: torch.device) -> float:
@@ -105,19 +144,29 @@ def free_bytes(device: torch.device) -> float:
     return _host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> float:
+def _host_bytes(
+    meminfo: Path = Path("/proc/meminfo"), own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
     free = float("inf")
     with suppress(OSError, ValueError, StopIteration):
-        free = 1024 * int(next(line for line in proc.open() if line.startswith("MemAvailable")).split()[1])
-    for limit, used, cache in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        with suppress(OSError, ValueError):  # no control groups, or no limit
-            stat = dict(line.split() for line in (group / cache).read_text().splitlines())
-            in_use = int((group / used).read_text()) - int(stat.get("inactive_file", 0))
-            free = min(free, int((group / limit).read_text()) - in_use)
-    return free
+        free = 1024 * int(next(line for line in meminfo.open() if line.startswith("MemAvailable")).split()[1])
+    return min([free, *_control_groups(own, root)])
+
+
+def _control_groups(own: Path, root: Path) -> Iterator[float]:
+    """Free memory of this process's control group, such as a job's, and of those above; version 1 or 2."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            names = "memory.limit_in_bytes memory.usage_in_bytes" if controllers else "memory.max memory.current"
+            group = root / controllers / path.lstrip("/")
+            for folder in (group, *group.parents[: path.strip("/").count("/") + 1]):
+                with suppress(OSError, ValueError):  # no limit; in a container, the path may be the host's
+                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    limit, used = (int((folder / name).read_text()) for name in names.split())
+                    yield limit - used + int(stat.get("inactive_file", 0))
 
 
 def _image_bytes(manifest: Manifest) -> int:

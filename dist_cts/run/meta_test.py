@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dist_cts import models
 from dist_cts.atomic import remove_leftovers, replace_file
 from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata, run_dir_of
-from dist_cts.data.datasets import DATASETS
+from dist_cts.data.datasets import DATASETS, DatasetSplit
 from dist_cts.data.few_shot import FewShotSplit, draw_queries
 from dist_cts.data.subset import balanced_subset
 from dist_cts.data.tasks import Split, check_prepared, contents, open_split, outputs
@@ -34,7 +34,7 @@ from dist_cts.run import folder
 from dist_cts.run.card import write_card
 from dist_cts.run.console import log_rank0
 from dist_cts.run.exit_codes import DONE
-from dist_cts.run.memory import check_batches
+from dist_cts.run.memory import check_batches, check_dataset
 from dist_cts.run.meta_test_config import MetaTestConfig as MetaTestConfig
 from dist_cts.run.probes import Features, calibrate, head_of, linear_probe, nearest_neighbors
 from dist_cts.run.report import write_report
@@ -232,8 +232,11 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
     autocast = torch.bfloat16 if config.precision == "bf16" else None
     loss = make_loss(config.loss)
     learner = TaskLearner(target, model, parts, batches, config.inner, criterion=loss, autocast=autocast)
-    if models.check_model(config.model, model, train.example, classes, target):
+    example, bf16 = train.example, config.precision == "bf16"
+    if models.check_model(config.model, model, example, classes, target):
         learner.masks = models.SeededMasks(device, key, target)
+    if isinstance(train, DatasetSplit):
+        check_dataset(target, config.batch_size, example, config.model, classes, device, bf16=bf16)
     return learner
 
 

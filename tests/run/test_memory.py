@@ -6,6 +6,7 @@ import torch
 from dist_cts.data.batches import DataConfig
 from dist_cts.models import ModelConfig
 from dist_cts.run import memory
+from dist_cts.run.script import meta_test_tasks, meta_train_tasks
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name="tiny")
@@ -48,15 +49,70 @@ def test_the_bytes_that_a_forward_pass_keeps(monkeypatch):
     """A convolution keeps its input, a ReLU its output, a linear layer its input: 4 bytes per number."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(80, 2))
     monkeypatch.setattr(memory.models, "build", lambda *arguments: (model, "3"))
-    assert memory.saved_bytes(TINY, 4, 2, CPU) == 4 * (3 * 16 + 5 * 16)
+    assert memory.saved_bytes(TINY, torch.zeros(2, 3, 4, 4), 2, CPU) == 4 * (3 * 16 + 5 * 16)
 
 
-def test_the_free_memory_of_a_control_group(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:     5000 kB\n")
-    assert memory._host_bytes(tmp_path / "meminfo", tmp_path) == 5000 * 1024
-    for name, text in (("memory.max", "3000000"), ("memory.current", "1000000"), ("memory.stat", "inactive_file 500")):
-        (tmp_path / name).write_text(text)
-    assert memory._host_bytes(tmp_path / "meminfo", tmp_path) == 3_000_000 - 1_000_000 + 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory._host_bytes(tmp_path / "meminfo", tmp_path) == 5000 * 1024
-    assert memory._host_bytes(tmp_path / "none", tmp_path / "none") == float("inf")
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("4:memory:/slurm/job", "memory/slurm", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        ("0::/slurm/job", "slurm", ("memory.max", "memory.current")),
+        ("0::/", "", ("memory.max", "memory.current")),
+    ],
+)
+def test_the_free_memory_of_the_control_groups(tmp_path, line, folder, names):
+    """The limit of the job's group holds, here of the one above the process's own."""
+    places = meminfo, own, root = tmp_path / "meminfo", tmp_path / "own", tmp_path / "root"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:     5000 kB\n")
+    assert memory._host_bytes(*places) == 5000 * 1024
+    own.write_text(f"5:cpu:/slurm\n{line}\n")
+    group = root / folder
+    group.mkdir(parents=True, exist_ok=True)
+    assert memory._host_bytes(*places) == 5000 * 1024
+    for name, text in zip((*names, "memory.stat"), ("3000000", "1000000", "inactive_file 500"), strict=True):
+        (group / name).write_text(text)
+    assert memory._host_bytes(*places) == 3_000_000 - 1_000_000 + 500
+    (group / names[0]).write_text("max\n")
+    assert memory._host_bytes(*places) == 5000 * 1024
+    assert memory._host_bytes(*3 * [tmp_path / "none"]) == float("inf")
+
+
+class Sequences(torch.utils.data.Dataset):
+    """8 samples of 1000 numbers, as a dict."""
+
+    classes = 2
+
+    def __init__(self, split):
+        pass
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"numbers": torch.zeros(1000)}, index % 2
+
+
+class Wide(torch.nn.Module):
+    """Keeps 1000 numbers per sample for its backward pass."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(1000, 10), torch.nn.Linear(10, classes)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs["numbers"]))
+
+
+def test_a_batch_of_a_dataset_that_cannot_fit_is_refused(monkeypatch):
+    """100 samples: 0.4 MB of inputs, and as much for the backward pass."""
+
+    def train(free, batch_size):
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+        return meta_train_tasks({"sequences": Sequences}, Wide, episodes=1, inner_steps=1, batch_size=batch_size)
+
+    assert train(9e5, 100).code == 0
+    for free in (3e5, 7e5):
+        with pytest.raises(ValueError, match=r"^batch_size=100: a step of task sequences needs at least .* lower"):
+            train(free, 100)
+    with pytest.raises(ValueError, match=r"^batch_size=100: a step of task sequences needs"):
+        meta_test_tasks({"sequences": Sequences}, {}, Wide, batch_size=100, steps=1, seeds=1)

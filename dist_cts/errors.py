@@ -3,14 +3,20 @@
 import os
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 
 class RunError(RuntimeError):
-    """The run failed; every rank raises this with the same text, and rank `speaker` prints it."""
+    """The run failed; every rank raises this with the same text, and rank `speaker` prints it.
 
-    def __init__(self, text: str, speaker: int = 0) -> None:
+    `unexpected`: its cause is an error in some code, so that the speaker prints the cause's traceback, too.
+    """
+
+    def __init__(self, text: str, speaker: int = 0, unexpected: bool = False) -> None:
         super().__init__(text)
-        self.speaker = speaker
+        self.speaker, self.unexpected = speaker, unexpected
 
 
 class RankError(RunError):
@@ -23,6 +29,23 @@ class RankError(RunError):
 
 class UnreachableError(RankError):
     """This rank reaches neither the other ranks nor torchrun's store, e.g. in a network partition."""
+
+
+def on_all_ranks(error: E) -> E:
+    """Marks an error as one that every rank raises alike; it is reported as it is, by rank 0."""
+    error.on_all_ranks = True
+    return error
+
+
+def out_of_memory(error: Exception) -> str:
+    """What to say if an allocation failed, in Python, in torch on the CPU or on a GPU; otherwise empty."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(
+        words in text.lower() for words in ("out of memory", "allocate memory")
+    ):
+        return ""
+    first = text.splitlines()[0] if text else "MemoryError"
+    return f"out of memory ({first}); lower batch_size or use more ranks, then run the same command to resume"
 
 
 def cause_of(error: Exception) -> str:

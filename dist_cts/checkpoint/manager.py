@@ -35,7 +35,7 @@ from dist_cts.checkpoint.settings import MAY_DIFFER, config_difference, with_new
 from dist_cts.config import Config
 from dist_cts.distributed.placement import Placement
 from dist_cts.distributed.process_group import from_rank_0, gather, raise_on_all_ranks
-from dist_cts.errors import RepeatedWarning, RunError, cause_of
+from dist_cts.errors import RepeatedWarning, RunError, cause_of, on_all_ranks
 from dist_cts.flat import load_named
 from dist_cts.state import TrainState
 
@@ -219,7 +219,8 @@ class CheckpointManager:
                 set_aside(damaged)
             return step
         if damaged:
-            raise ValueError(f"{self.folder}: no valid checkpoint among {len(damaged)}; restore one or pass --fresh")
+            fault = f"{self.folder}: no valid checkpoint among {len(damaged)}; restore one or pass --fresh"
+            raise on_all_ranks(ValueError(fault))
         return None
 
     def _read(

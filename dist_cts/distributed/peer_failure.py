@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dist_cts.errors import RunError, UnreachableError
+from dist_cts.errors import RankError, RunError, UnreachableError, out_of_memory
 
 T = TypeVar("T")
 POLL_SECONDS = 0.5  # interval at which a rank polls the store
@@ -74,10 +74,28 @@ class LivenessCheck:
             return UnreachableError(f"the other ranks and torchrun's store are unreachable ({fault}); {RESUME}")
         return RunError(text or f"a collective failed although every rank is alive ({fault}); {RESUME}", speaker=rank)
 
-    def _call(self) -> tuple[int, str]:
-        """The rank that started the check, and its message about missing ranks; empty if none is missing."""
+    def own_failure(self, error: Exception) -> RunError:
+        """The error to raise after `error` on this rank alone; the other ranks stay silent about having lost it.
+
+        If another rank failed before, this one stays silent.
+        """
+        expected = isinstance(error, RankError | ValueError | OSError | ImportError)
+        what = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {error}".split("\n")[0]
+        text = what if isinstance(error, RankError) else f"{self.describe([self._rank])} failed: {what}; {RESUME}"
+        if short := out_of_memory(error):
+            expected, text = True, f"rank {self._rank}: {short}"
+        rank = self._rank
+        with suppress(RuntimeError, TimeoutError):  # the others then report that they lost this rank
+            rank, first = within(4 * ANSWER_SECONDS, lambda: self._call(text))
+            text = text if rank == self._rank else first
+        return RunError(text, speaker=rank, unexpected=not expected)
+
+    def _call(self, text: str | None = None) -> tuple[int, str]:
+        """The rank that called first, and its text: its own failure, or what ranks are missing, if any."""
         caller = int(self._store.compare_set("roll/caller", "", str(self._rank)))
-        if caller == self._rank:
+        if caller == self._rank and text is not None:
+            self._store.set("roll/verdict", text)
+        elif caller == self._rank:
             missing = [rank for rank in range(self._world_size) if rank != self._rank]
             deadline = time.monotonic() + ANSWER_SECONDS
             while missing and time.monotonic() < deadline:
@@ -101,18 +119,21 @@ def liveness_checked() -> Iterator[LivenessCheck]:
     """A block in which the loss of a rank becomes a one-line error, printed by one of the surviving ranks.
 
     Raises:
-        RunError: replaces the error of gloo, NCCL or `wait_for_gpu` when a rank is lost.
+        RunError: replaces the error of gloo, NCCL or `wait_for_gpu` when a rank is lost, and, with several ranks, any
+            error that is not raised on all ranks.
     """
     liveness = LivenessCheck()
     try:
         yield liveness
-    except RunError:
-        raise
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, dist.DistError) and "gloo" not in text:
+    except Exception as error:
+        if isinstance(error, RunError) and not isinstance(error, RankError):
             raise
-        raise liveness.failure(text[:160]) from error
+        text = " ".join(str(error).split())
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+            raise liveness.failure(text[:160]) from error
+        if hasattr(error, "on_all_ranks") or dist.get_world_size() == 1:
+            raise
+        raise liveness.own_failure(error) from error
     finally:
         liveness.close()
 

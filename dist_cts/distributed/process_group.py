@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_cts.distributed.malloc import keep_freed_memory
 from dist_cts.distributed.peer_failure import within
-from dist_cts.errors import RunError, UnreachableError
+from dist_cts.errors import RunError, UnreachableError, on_all_ranks
 from dist_cts.flat import FlatLayout
 
 T = TypeVar("T")
@@ -167,8 +167,8 @@ def raise_on_all_ranks() -> Iterator[None]:
     if not failed:
         return
     if len(failed) == len(errors):
-        raise errors[0]
-    raise type(errors[failed[0]])(f"rank {failed[0]}: {errors[failed[0]]}")
+        raise on_all_ranks(errors[0])
+    raise on_all_ranks(type(errors[failed[0]])(f"rank {failed[0]}: {errors[failed[0]]}"))
 
 
 def check_layouts(layout: FlatLayout) -> None:
@@ -186,7 +186,9 @@ def check_layouts(layout: FlatLayout) -> None:
     for index in range(max(len(mine), len(theirs))):
         a, b = (side[index] if index < len(side) else "missing" for side in (mine, theirs))
         if a != b:
-            raise ValueError(f"ranks 0 and {other} have different models: tensor {index} is {a}, on rank {other} {b}")
+            raise on_all_ranks(
+                ValueError(f"ranks 0 and {other} have different models: tensor {index} is {a}, on rank {other} {b}")
+            )
 
 
 def check_same_bits(vector: Tensor, step: int) -> None:

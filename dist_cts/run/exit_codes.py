@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from dist_cts.errors import RunError, UnreachableError
+from dist_cts.errors import RunError, UnreachableError, out_of_memory
 
 DONE, ERROR, USAGE, STOPPED = 0, 1, 2, 75  # 75: stopped with a checkpoint; run the same command to resume
 TORCHRUN_SECONDS = 5.0  # after which a torchrun that watches a failed rank has ended the others
@@ -34,18 +35,17 @@ def finish(command: Callable[[], int]) -> int:
     except RunError as error:
         code, text, speaker = ERROR, str(error), error.speaker
         unreachable = isinstance(error, UnreachableError)
+        if error.unexpected and int(os.environ.get("RANK", 0)) == speaker:
+            traceback.print_exception(error.__cause__)
     except (OSError, ImportError) as error:
         code, text = ERROR, str(error)
     except KeyboardInterrupt:
         code, text = ERROR, "interrupted; run the same command to resume from the newest checkpoint"
     except Exception as error:
-        if not _out_of_memory(error):
+        if not (text := out_of_memory(error)):
             raise
         code, speaker = ERROR, int(os.environ.get("RANK", 0))
-        text = (
-            f"rank {speaker}: out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); lower "
-            "batch_size or use more ranks, then run the same command to resume"
-        )
+        text = f"rank {speaker}: {text}"
     report(text, speaker)
     restarts, of = (int(os.environ.get(f"TORCHELASTIC_{key}", 0)) for key in ("RESTART_COUNT", "MAX_RESTARTS"))
     if unreachable and restarts >= of:
@@ -77,12 +77,6 @@ def report(text: str, speaker: int = 0) -> None:
 def _signal_agent(number: signal.Signals) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] == "0" and os.getppid() == AGENT:
         os.kill(AGENT, number)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: in Python, in torch on the CPU or on a GPU."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def exit_process(code: int) -> NoReturn:

@@ -1,6 +1,6 @@
 """The meta-training entry point, from the configuration to the exported phi."""
 
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,7 +88,12 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
             check_imports(config.run_dir)
     device = select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
-    with process_group(device, config.timeout_seconds), stop_requests() as stop, liveness_checked() as liveness:
+    with (
+        ExitStack() as stack,
+        process_group(device, config.timeout_seconds),
+        stop_requests() as stop,
+        liveness_checked() as liveness,
+    ):
         fresh = fresh and not folder.restarted()
         with raise_on_all_ranks():
             warnings = check_batches(
@@ -119,6 +124,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
                 check_graphs(algorithm, placement, device)
             learners = build_learners(config, placement, device)
             held = folder.RunFolder(config.run_dir, owner=placement.rank == 0, fresh=fresh)
+            stack.callback(held.close)
         liveness.describe = lambda ranks: (
             f"{describe_ranks(assignment, config.learner_names, ranks)}, in step {progress.step},"
         )
@@ -136,8 +142,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
         for learner in learners:
             learner.flat.start_rest(rest)
         state = TrainState(phi, flat.body_layout, learners, progress, rest=rest)
-        with closing(held):
-            return _run(config, state, algorithm, placement, costs, held, stop)
+        return _run(config, state, algorithm, placement, costs, held, stop)
 
 
 def _run(

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from dist_cts.distributed import peer_failure
-from dist_cts.distributed.peer_failure import LivenessCheck, liveness_checked, wait_for_gpu
-from dist_cts.errors import RankError, RunError
+from dist_cts.distributed.peer_failure import RESUME, LivenessCheck, liveness_checked, wait_for_gpu
+from dist_cts.errors import RankError, RunError, on_all_ranks
 from dist_cts.run.shutdown import stop_requests
 
 
@@ -78,6 +79,52 @@ def fail_with_all_ranks_alive(rank):
 def test_a_failure_without_a_lost_rank_says_so(run_ranks):
     for text in run_ranks(2, fail_with_all_ranks_alive):
         assert text.startswith("a collective failed although every rank is alive (out of memory); run the same")
+
+
+ERRORS = {
+    "value": ValueError("no such\nsample"),
+    "key": KeyError("key"),
+    "runtime": RuntimeError("shapes differ"),
+    "own": RankError("a reason"),
+    "memory": MemoryError(),
+    "shared": on_all_ranks(ValueError("wrong everywhere")),
+}
+
+
+def fail_alone(rank, error, ranks):
+    """What each rank raises: `error` on the first ranks; the others lose contact with them."""
+    peer_failure.ANSWER_SECONDS, peer_failure.POLL_SECONDS = 20.0, 0.02
+    try:
+        with liveness_checked() as liveness:
+            liveness.describe = lambda ranks: f"rank {ranks[0]}, in step 3,"
+            if rank < ranks:
+                raise ERRORS[error]
+            _get_default_store().wait(["roll/verdict"])
+            raise dist.DistBackendError("Connection closed by peer")
+    except Exception as raised:
+        return raised.args[0], getattr(raised, "speaker", None), getattr(raised, "unexpected", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "unexpected"),
+    [
+        ("value", f"rank 0, in step 3, failed: no such sample; {RESUME}", False),
+        ("key", f"rank 0, in step 3, failed: KeyError: 'key'; {RESUME}", True),
+        ("own", "rank 0: a reason", False),
+        ("memory", "rank 0: out of memory (MemoryError); lower batch_size or use more ranks, ", False),
+    ],
+)
+def test_of_an_error_on_one_rank_alone_that_rank_speaks(run_ranks, error, text, unexpected):
+    (first, speaker, bug), (second, silent, _) = run_ranks(2, fail_alone, error, 1)
+    assert first.startswith(text)
+    assert (second, speaker, silent, bug) == (first, 0, 0, unexpected)
+
+
+def test_of_errors_on_all_ranks_one_is_reported(run_ranks):
+    first, second = run_ranks(2, fail_alone, "runtime", 2)
+    assert first == second
+    assert first[2]
+    assert run_ranks(2, fail_alone, "shared", 2) == [("wrong everywhere", None, None)] * 2
 
 
 def test_a_store_that_does_not_answer_bounds_the_liveness_check(monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dist_cts import TrainConfig, train
 from dist_cts.errors import RunError
 from dist_cts.run import folder as run_folder
 from dist_cts.run.folder import RunFolder, claim
@@ -135,3 +136,13 @@ def test_tensorboard_reads_the_curves_of_a_run_that_resumed_and_whose_files_were
     shutil.rmtree(folder)
     resumed.add_scalars({"loss/a": 4.0}, 40)
     assert scalars(folder) == {"loss/a": [(40, 4.0)]}
+
+
+def test_a_failed_run_releases_its_folder_at_once(tasks, tmp_path):
+    """Even while its error, and with it what its frames hold, is alive."""
+    config = TrainConfig(tasks=["a"], model={"name": "tiny"}, data={"root": tasks}, run_dir=tmp_path / "run")
+    config = config.model_copy(update={"init": str(tmp_path / "missing.safetensors")})
+    with pytest.raises(FileNotFoundError) as failed:
+        train(config)
+    claim(tmp_path / "run").close()
+    assert failed.value.__traceback__

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -39,6 +40,20 @@ def fault(tmp_path):
         return {"FAULT": json.dumps({"act": act, "rank": rank, "step": step, **where, **details})}
 
     return fault
+
+
+@pytest.fixture
+def until():
+    """until(condition, *arguments): waits for the condition and returns its value; fails after LIMIT seconds."""
+
+    def until(condition, *arguments):
+        deadline = time.monotonic() + LIMIT
+        while not (value := condition(*arguments)):
+            assert time.monotonic() < deadline, condition
+            time.sleep(0.02)
+        return value
+
+    return until
 
 
 @pytest.fixture

@@ -62,17 +62,43 @@ def exceed_memory() -> None:
     torch.empty(1 << 30)
 
 
+def fill_control_group(group: str) -> None:
+    """Allocates more than the control group may have, so that the kernel kills this process."""
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    torch.ones(1 << 28)
+
+
+def kill_agent() -> None:
+    """Returns once the agent is gone."""
+    agent = os.getppid()
+    os.kill(agent, signal.SIGKILL)
+    while os.getppid() == agent:
+        time.sleep(0.01)
+
+
+def wait_for(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+def fail(error: str) -> None:
+    raise {"value": ValueError("no such sample"), "type": TypeError("an operand\nof the wrong type")}[error]
+
+
 ACTS = {
     "kill": lambda learner, _: os.kill(os.getpid(), signal.SIGKILL),
     "segv": lambda learner, _: ctypes.string_at(0),
     "stop": lambda learner, _: os.kill(os.getpid(), signal.SIGSTOP),
     "term": lambda learner, _: os.kill(os.getpid(), signal.SIGTERM),
     "exit": lambda learner, _: os._exit(3),
-    "kill the agent": lambda learner, _: os.kill(os.getppid(), signal.SIGKILL),
+    "kill the agent": lambda learner, _: kill_agent(),
+    "wait": lambda learner, path: wait_for(path),
     "sleep": lambda learner, seconds: time.sleep(seconds),
     "inf": lambda learner, _: learner.flat.grad[:1].fill_(float("inf")),
     "nan": lambda learner, _: learner.batch[0].fill_(float("nan")),
     "memory": lambda learner, _: exceed_memory(),
+    "fill a control group": lambda learner, group: fill_control_group(group),
+    "fail": lambda learner, error: fail(error),
     "fill": lambda learner, path: fill(path),
     "truncate": lambda learner, path: os.truncate(path, 5000),
     "flip": lambda learner, path: flip_bits(path),

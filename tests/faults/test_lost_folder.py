@@ -21,17 +21,20 @@ def delay():
 
 
 @pytest.fixture
-def train_while(start, config, fault, tmp_path):
-    """train_while(change, *keys): calls change(run folder) while rank 1 sleeps in a step; exit codes and stderr."""
+def train_while(start, config, fault, until, tmp_path):
+    """train_while(change, *keys): calls change(run folder) while rank 1 waits in a step; exit codes and stderr."""
 
-    def train_while(change, *keys):
-        command = start("train.py", "--config", config, *keys, forked=2, environment=fault("sleep", argument=3))
-        deadline = time.monotonic() + LIMIT
-        while not (tmp_path / "once").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.5)  # rank 0 finishes writing a checkpoint
-        change(tmp_path / "run")
+    def no_checkpoint_is_being_written():
+        time.sleep(1)
+        return not any(tmp_path.glob("**/checkpoints/*.tmp"))
+
+    def train_while(change, *keys, run=tmp_path / "run"):
+        environment = fault("wait", argument=str(tmp_path / "changed"), run=str(run))
+        command = start("train.py", "--config", config, *keys, forked=2, environment=environment)
+        until((tmp_path / "once").exists)
+        until(no_checkpoint_is_being_written)
+        change(run)
+        (tmp_path / "changed").touch()
         code, _, err = command.finish(LIMIT)
         assert "Traceback" not in err, err
         return code, err
@@ -96,6 +99,43 @@ def test_a_folder_that_becomes_read_only_is_a_warning_per_cause(train_while, tra
     assert f"cannot write to {run} (Read-only file system)" in line
     assert train()[0] == [0, 0]
     assert_equal(phi(run), uninterrupted)
+
+
+@pytest.fixture
+def ext4(tmp_path):
+    """A folder on an ext4 of its own that turns read-only on an error; skips the test where it cannot be mounted."""
+    image, folder = tmp_path / "ext4", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    for command in (["mkfs.ext4", "-q", image], ["mount", "-o", "loop,errors=remount-ro", image, folder]):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{command[0]} is not possible here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@full
+def test_a_disk_that_the_kernel_turns_read_only_loses_nothing(train_while, train, ext4, tmp_path, uninterrupted):
+    """As after an I/O error, with files open for writing. The same command resumes where the disk can be written."""
+    run = ext4 / "run"
+
+    def abort(_):
+        subprocess.run(["mount", "-o", "remount,abort", ext4], capture_output=True)
+        with pytest.raises(OSError, match=r"Read-only|Input/output"):
+            (ext4 / "probe").mkdir()
+
+    codes, err = train_while(abort, f"run_dir={run}", run=run)
+    assert codes == [1, 1], err
+    assert "checkpoint failed: " in err
+    assert f"step {STEPS}/{STEPS} " in err
+    (line,) = errors(err)
+    assert f"cannot write to {run} (" in line
+    shutil.copytree(run, tmp_path / "run")
+    codes, err = train()
+    assert codes == [0, 0], err
+    assert "resuming from checkpoint at step " in err
+    assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 
 @full

@@ -27,7 +27,7 @@ def delay():
 def run(network, torchrun, fault, tmp_path):
     """run(*keys, store=0, nodes="2", restarts=0, **link): torchrun on two hosts; the rendezvous is on host `store`.
 
-    Rank 1 sleeps in a step, for the `cut` of the link to hit a running step. Returns the commands and the link.
+    Rank 1 waits in a step for the `cut` of the link. Returns the commands and the link.
     """
 
     def run(*keys, store=0, nodes="2", restarts=0, retries=15, **link):
@@ -36,7 +36,7 @@ def run(network, torchrun, fault, tmp_path):
             command = machine.command("sh", "-c", f"echo {retries} > /proc/sys/net/ipv4/tcp_retries2")
             subprocess.run(command, check=True)
         rendezvous = [f"--rdzv-endpoint={machines[store].address}:29400", "--rdzv-backend=c10d", "--rdzv-id=test"]
-        environment = {"GLOO_SOCKET_IFNAME": INTERFACE, **fault("sleep", 1, argument=2)}
+        environment = {"GLOO_SOCKET_IFNAME": INTERFACE, **fault("wait", 1, argument=str(tmp_path / "cut"))}
         commands = []
         for number, machine in enumerate(machines):
             own = [f"--local-addr={machine.address}", f"--rdzv-conf=is_host={int(number == store)}"]
@@ -48,15 +48,13 @@ def run(network, torchrun, fault, tmp_path):
 
 
 @pytest.fixture
-def cut(tmp_path):
+def cut(until, tmp_path):
     """cut(link, seconds=None): cuts the link in the middle of a step, for good or for some seconds."""
 
     def cut(link, seconds=None):
-        deadline = time.monotonic() + LIMIT
-        while not (tmp_path / "once").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until((tmp_path / "once").exists)
         link.cut = True
+        (tmp_path / "cut").touch()
         if seconds:
             time.sleep(seconds)
             link.cut = False
@@ -124,6 +122,7 @@ def test_a_run_of_one_or_two_nodes_continues_on_the_node_that_is_left(run, cut, 
 
 
 def test_a_slow_link_that_loses_packets_delays_and_changes_nothing(run, tmp_path, uninterrupted):
+    (tmp_path / "cut").touch()  # nothing is cut
     commands, link = run("timeout_seconds=60", delay_ms=20, rate_mbit=10, loss=0.02)
     ends = [command.finish(LIMIT) for command in commands]
     assert [code for code, *_ in ends] == [0, 0], ends

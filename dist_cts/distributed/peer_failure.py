@@ -33,6 +33,8 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
     In a network partition such a call blocks until the kernel closes the connection, on Linux after 16 minutes.
 
+    Where no thread can be started, as in a rank that is out of memory, the call is not bounded.
+
     Raises:
         TimeoutError: the function has not returned after `seconds`; its thread is left behind.
     """
@@ -44,7 +46,10 @@ def within(seconds: float, function: Callable[[], T]) -> T:
         except Exception as error:
             outcome.set_exception(error)
 
-    Thread(target=call, daemon=True).start()
+    try:
+        Thread(target=call, daemon=True).start()
+    except (RuntimeError, MemoryError):
+        call()
     return outcome.result(seconds)
 
 

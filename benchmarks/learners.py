@@ -21,7 +21,7 @@ from dist_cts.data.batches import DataConfig, TaskBatches
 from dist_cts.distributed.numerics import PRECISION_HELP, Precision, set_numerics
 from dist_cts.distributed.placement import Placement, place
 from dist_cts.distributed.process_group import overlapping_groups, process_group, select_device
-from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.reducer import MetaReducer, Wire, collectives
 from dist_cts.learner import InnerConfig, TaskLearner
 from dist_cts.meta_train import meta_train
 from dist_cts.models import ModelConfig
@@ -149,13 +149,14 @@ class MetaTraining:
         placement: Placement | None = None,
         algorithm: str = "cts",
         delay: int = 0,
+        wire: Wire = "fp32",
     ) -> None:
         """phi is the first learner's theta, equal on every rank. `tasks`: T over all ranks. Collective."""
         self.learners, self.progress = learners, Progress(FOREVER)
         self.phi: Tensor = learners[0].theta.clone()
         placement = placement or place(tasks, dist.get_world_size(), dist.get_rank())
-        groups = overlapping_groups(self.phi.device, delay + 1, 120)
-        self.reducer = MetaReducer(self.phi, learners, placement, delay=delay, groups=groups)
+        groups = overlapping_groups(self.phi.device, (delay + 1) * collectives(wire), 120)
+        self.reducer = MetaReducer(self.phi, learners, placement, wire=wire, delay=delay, groups=groups)
         self.algorithm = ALGORITHMS[algorithm]
 
     def step(self) -> None:

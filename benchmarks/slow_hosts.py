@@ -41,8 +41,9 @@ class Rank:
         for name in methods:
             kind, *options = name.split()
             if kind == "cts":
-                self.ahead[name] = int(options[0])
-                self.steps[name] = learners.MetaTraining([learner()], world_size, delay=self.ahead[name]).step
+                delay, *wire = options
+                self.ahead[name], keys = int(delay), {"wire": wire[0]} if wire else {}
+                self.steps[name] = learners.MetaTraining([learner()], world_size, delay=int(delay), **keys).step
             elif kind == "reptile":
                 self.steps[name] = learners.MetaTraining([learner()], world_size, algorithm="reptile").step
             elif kind == "sgd" and sleep_ms:

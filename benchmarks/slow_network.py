@@ -14,7 +14,7 @@ from benchmarks.slow_hosts import EVERY, SLEEP, Hosts, start_hosts
 
 EPILOG = f"""\
 One rank per host, one thread per rank, all with the same model, images and batch size:
-  cts D     CTS with method.delay=D
+  cts D     CTS with method.delay=D; `cts D bf16`: with wire=bf16
   reptile   within an episode: it exchanges the control tail every ten steps
   ddp       plain PyTorch under DistributedDataParallel
   sgd       plain PyTorch, nothing exchanged
@@ -163,11 +163,11 @@ def table_rows(conditions: list[dict], message_bytes: int, hosts: int) -> list[d
             row["relay's CPU ms"] = 1e3 * statistics.median(condition["relay_seconds"][name])
             row["/ sgd"] = report.shown(report.ratio(seconds, condition["seconds"]["sgd"]))
             row["model, ms"] = row["model / measured"] = "-"
-            kind, _, delay = name.partition(" ")
+            kind, *options = name.split()
             if kind == "cts":
-                compute = hidden if int(delay) else alone
-                sends = ring(hosts, condition["delay_ms"] / 1e3, wire, overhead=first["all_reduce"])
-                model = delayed_step(compute, sends, int(delay))
+                delay, share = int(options[0]), 0.5 if "bf16" in options else 1
+                sends = ring(hosts, condition["delay_ms"] / 1e3, share * wire, overhead=first["all_reduce"])
+                model = delayed_step(hidden if delay else alone, sends, delay)
                 row["model, ms"], row["model / measured"] = 1e3 * model, model / statistics.median(seconds)
             rows.append(row)
     return rows

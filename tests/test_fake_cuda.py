@@ -126,12 +126,12 @@ def make_state(device, model="tiny", tasks=1, ranks=1, optimizer="sgd", autocast
     return TrainState(phi, learners[0].flat.body_layout, learners, Progress(K)), placement
 
 
-def train(state, placement, algorithm="cts", reduction="mean", episodes=2, watch=None, method=None):
+def train(state, placement, algorithm="cts", reduction="mean", episodes=2, watch=None, method=None, wire="fp32"):
     """Episodes of meta-training from where the state is; the last one inside `watch`."""
     beta = 1.0 if algorithm == "mtl" else 0.1
     method = method or MethodConfig()
     row = make_algorithm(algorithm, method, inner_steps=K, meta_lr=beta, seed=0)
-    reducer = MetaReducer(state.phi, state.learners, placement, reduction, delay=method.delay)
+    reducer = MetaReducer(state.phi, state.learners, placement, reduction, wire=wire, delay=method.delay)
     done = state.progress.step // K
     meta_train(state, row, reducer, beta=beta, M=done + episodes - 1, K=K)
     with watch:
@@ -183,11 +183,13 @@ def test_gradients_instead_of_differences_do_not_wait_for_the_gpu(group, fake_gp
     assert waits.found == []
 
 
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
 @pytest.mark.parametrize("reduction", ["mean", "ordered"])
-def test_a_delayed_reduction_does_not_wait_for_the_gpu(group, fake_gpu, reduction):
+def test_a_delayed_reduction_does_not_wait_for_the_gpu(group, fake_gpu, reduction, wire):
     state, placement = make_state(CUDA)
     waits = Waits()
-    reducer = train(state, placement, reduction=reduction, watch=waits, method=MethodConfig(delay=1))
+    method = MethodConfig(delay=1)
+    reducer = train(state, placement, reduction=reduction, watch=waits, method=method, wire=wire)
     check(state, reducer)
     assert len(reducer._idle) == 2
     assert waits.found == []

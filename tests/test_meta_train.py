@@ -12,7 +12,7 @@ from dist_cts import models
 from dist_cts.algorithms.table import ALGORITHMS
 from dist_cts.distributed.placement import Placement, data_group, even_assignment
 from dist_cts.distributed.process_group import check_layouts, overlapping_groups
-from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.reducer import MetaReducer, collectives
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.flat import FlatLayout, load_named
 from dist_cts.learner import InnerConfig, TaskLearner
@@ -45,7 +45,7 @@ def phi_zero():
     return named_body(models.build(TINY, 1, "phi")[0])
 
 
-def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext, delay=0):
+def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", watch=nullcontext, delay=0, wire="fp32"):
     """phi after M episodes on this rank; the loop runs inside `watch()`. `tasks`: how many, or the ranks of each."""
     assignment = even_assignment(tasks, world_size) if isinstance(tasks, int) else tasks
     placement = Placement(assignment, world_size, rank)
@@ -60,8 +60,8 @@ def train(rank, world_size, tasks, inner, algorithm="cts", reduction="mean", wat
     check_layouts(learners[0].flat.body_layout)
     phi = torch.zeros(layout.numel)
     load_named(layout, phi, phi_zero())
-    groups = overlapping_groups(phi.device, delay + 1, 60)
-    reducer = MetaReducer(phi, learners, placement, reduction, delay=delay, groups=groups)
+    groups = overlapping_groups(phi.device, (delay + 1) * collectives(wire), 60)
+    reducer = MetaReducer(phi, learners, placement, reduction, wire=wire, delay=delay, groups=groups)
     state = TrainState(phi, layout, learners, Progress(K))
     with watch():
         meta_train(state, ALGORITHMS[algorithm], reducer, beta=BETA, M=M, K=K)
@@ -133,6 +133,20 @@ def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks, del
     options = INNER["momentum and decay"], "cts", "ordered", nullcontext, delay
     phis = [run_ranks(w, train, w, T, *options) for w in (1, 2, 4)]
     assert_same_bits([phi for ranks in phis for phi in ranks])
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_vectors_rounded_to_bf16_give_the_oracle_s_phi_and_the_same_bits_on_1_2_and_4_ranks(run_ranks, delay):
+    inner = INNER["momentum and decay"]
+    expected, exact = (oracle(T, inner, delay=delay, **wire) for wire in ({"wire": torch.bfloat16}, {}))
+    rounding = max((expected[name] - exact[name]).abs().max().item() for name in exact)
+    assert rounding > 1e-5  # ten times the tolerance below
+    ordered = [run_ranks(w, train, w, T, inner, "cts", "ordered", nullcontext, delay, "bf16") for w in (1, 2, 4)]
+    assert_same_bits([phi for ranks in ordered for phi in ranks])
+    assert_close(ordered[0][0], expected, 1e-6)
+    mean = run_ranks(4, train, 4, T, inner, "cts", "mean", nullcontext, delay, "bf16")  # also rounds its sums
+    assert_same_bits(mean)
+    assert_close(mean[0], exact, 10 * rounding)
 
 
 class ReadsBack(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,7 +14,13 @@ from dist_cts.errors import RunError
 from dist_cts.learner import TaskLearner
 
 Reduction = Literal["mean", "ordered"]
+Wire = Literal["fp32", "bf16"]
 STEP_MODULUS = 4096  # fp32 sums step numbers below it exactly over up to 4,096 ranks
+
+
+def collectives(wire: Wire) -> int:
+    """How many a reduction runs at the same time."""
+    return 1 if wire == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,11 @@ class _Message:
     buffer: Tensor
     vectors: Tensor  # [rows, N], the first part of the buffer
     tail: Tensor  # its other part
-    gathered: Tensor | None  # [W, length of the buffer], for `ordered`
+    sent: Tensor  # the buffer; with wire=bf16, a copy of the vectors, and the tail has a collective of its own
+    gathered: Tensor | None  # [W, length of sent], for `ordered`
     step: int = 0
     scale: float | None = None  # None: only the tail is reduced
-    work: dist.Work | None = None  # of a delayed reduction
+    works: list[dist.Work | None] = field(default_factory=list)  # None: already complete
 
 
 class MetaReducer:
@@ -54,6 +61,10 @@ class MetaReducer:
     rows [4, T] of steps, loss, metric and non-finite flags. All ranks thus agree on stopping, NaN and desync at the
     same step, at no extra cost. `ordered` gathers the T vectors and adds them in task order: bit-identical on every
     placement that gives each task one rank, for W times the memory.
+
+    `wire=bf16` sends the vectors rounded to bfloat16, which halves the bytes, and the tail in fp32 by a second
+    collective at the same time. Every rank still gets the same bits. `ordered` adds the rounded vectors in fp32; `mean`
+    also rounds their sums.
 
     With a `delay` of d steps, the collective of step k overlaps with the next d steps, and all ranks wait for it after
     step k + d. Every reduction in flight has a buffer of its own.
@@ -67,6 +78,7 @@ class MetaReducer:
         reduction: Reduction = "mean",
         wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
         *,
+        wire: Wire = "fp32",
         delay: int = 0,
         groups: Sequence[dist.ProcessGroup | None] = (None,),
         reduced: dict[int, Tensor] | None = None,
@@ -79,6 +91,7 @@ class MetaReducer:
         tasks, world_size = placement.tasks, placement.world_size
         self.phi, self.numel = phi, phi.numel()
         self.learners, self.placement, self.reduction, self.wait = learners, placement, reduction, wait
+        self.wire = {"fp32": torch.float32, "bf16": torch.bfloat16}[wire]
         self.delay, self.groups, self.reduced = delay, deque(groups), {} if reduced is None else reduced
         taken = Counter[int]()
         self.places: list[tuple[int, int]] = []  # of each task, for `ordered`: its first rank and its row there
@@ -146,9 +159,11 @@ class MetaReducer:
 
     def _message(self) -> _Message:
         buffer, size = self.phi.new_zeros(self.message_numel), self.rows * self.numel
+        vectors, tail = buffer[:size].view(self.rows, self.numel), buffer[size:]
+        sent = buffer if self.wire == torch.float32 else buffer.new_zeros(size, dtype=self.wire)
         ordered = self.reduction == "ordered"
-        gathered = buffer.new_empty(self.placement.world_size, self.message_numel) if ordered else None
-        return _Message(buffer, buffer[:size].view(self.rows, self.numel), buffer[size:], gathered)
+        gathered = sent.new_empty(self.placement.world_size, len(sent)) if ordered else None
+        return _Message(buffer, vectors, tail, sent, gathered)
 
     def _add(self, vectors: Tensor, row: int, gradient: Tensor, learner: TaskLearner) -> None:
         # Inf or NaN anywhere makes the sum Inf or NaN, and its difference with itself NaN; the host reads no value.
@@ -178,28 +193,37 @@ class MetaReducer:
         self._pack(message.tail, step)
         message.step, message.scale = step, scale
         self.groups.rotate(-1)  # the same group on every rank
-        options = {"group": self.groups[0], "async_op": self.delay > 0}
-        if scale is None:
-            message.work = dist.all_reduce(message.tail, **options)
-        elif message.gathered is None:
-            message.work = dist.all_reduce(message.buffer, **options)
-        else:
-            message.work = dist.all_gather_into_tensor(message.gathered.view(-1), message.buffer, **options)
+        group, late, apart = self.groups[0], self.delay > 0, message.sent is not message.buffer
+        message.works = []
+        if scale is None or apart:
+            message.works.append(dist.all_reduce(message.tail, group=group, async_op=late or scale is not None))
+        if scale is not None:
+            if apart:
+                message.sent.copy_(message.vectors.view(-1))
+            if message.gathered is None:
+                work = dist.all_reduce(message.sent, group=group, async_op=late)
+            else:
+                gathered = message.gathered.view(-1)
+                work = dist.all_gather_into_tensor(gathered, message.sent, group=group, async_op=late)
+            message.works.append(work)
         self._in_flight.append(message)
 
     def _complete(self, message: _Message) -> Tensor | None:
         """Waits for a reduction, on a GPU in the current stream and not on the host; its delta [N], if it has one."""
-        if message.work is not None:
-            message.work.wait()
+        for work in message.works:
+            if work is not None:
+                work.wait()
         self._idle.append(message)
-        total, gathered, size = message.vectors[0], message.gathered, self.rows * self.numel
-        if message.scale is None or gathered is None:
-            self._read(message.tail, message.step)
-        else:
-            self._read(gathered[:, size:].sum(0), message.step)
+        total, tail, apart = message.vectors[0], message.tail, message.sent is not message.buffer
+        if message.scale is not None and message.gathered is not None:
+            if not apart:
+                tail = message.gathered[:, self.rows * self.numel :].sum(0)
             total.zero_()
             for rank, row in self.places:
-                total += gathered[rank, row * self.numel : (row + 1) * self.numel]
+                total += message.gathered[rank, row * self.numel : (row + 1) * self.numel]
+        elif message.scale is not None and apart:
+            total.copy_(message.sent)
+        self._read(tail, message.step)
         return None if message.scale is None else total.mul_(message.scale / self.placement.tasks)
 
     def _read(self, tail: Tensor, step: int) -> None:

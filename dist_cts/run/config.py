@@ -15,7 +15,7 @@ from dist_cts.data.batches import DataConfig
 from dist_cts.data.few_shot import FewShotConfig
 from dist_cts.data.manifest import TASK_NAME
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
-from dist_cts.distributed.reducer import Reduction
+from dist_cts.distributed.reducer import Reduction, Wire
 from dist_cts.learner import InnerConfig, ResetConfig
 from dist_cts.losses import LossConfig, LossField
 from dist_cts.models import ModelConfig
@@ -113,6 +113,7 @@ class TrainConfig(Config):
         "or {task: [ranks]}",
     )
     reduction: Reduction = Field("mean", description="mean; ordered: bit-identical on any number of ranks")
+    wire: Wire = Field("fp32", description="format of the reduced vectors; bf16: half the bytes, for slow networks")
     nonfinite: Literal["abort", "skip"] = Field(
         "abort", description="on NaN or Inf: abort, or skip the update and restart that learner from phi"
     )

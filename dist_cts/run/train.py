@@ -27,7 +27,7 @@ from dist_cts.distributed.process_group import (
     raise_on_all_ranks,
     select_device,
 )
-from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.reducer import MetaReducer, collectives
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.errors import RunError
 from dist_cts.losses import make_loss
@@ -164,13 +164,14 @@ def _run(
     resumed = checkpoints.load_newest(state, config, tuple(set(MAY_DIFFER) - fixed))
     wait = partial(wait_for_gpu, timeout_seconds=config.timeout_seconds, stop_requested=lambda: stop.made)
     delay, device = config.method.delay, state.phi.device
-    in_flight = delay // (algorithm.period or config.inner_steps) + 1
+    in_flight = (delay // (algorithm.period or config.inner_steps) + 1) * collectives(config.wire)
     reducer = MetaReducer(
         state.phi,
         state.learners,
         placement,
         config.reduction,
         wait,
+        wire=config.wire,
         delay=delay,
         groups=overlapping_groups(device, in_flight, config.timeout_seconds),
         reduced=state.reduced,

@@ -26,7 +26,7 @@ from dist_cts.checkpoint.settings import MAY_DIFFER, config_difference
 from dist_cts.config import Config
 from dist_cts.distributed.placement import data_group, place
 from dist_cts.distributed.process_group import overlapping_groups, process_group
-from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.reducer import MetaReducer, collectives
 from dist_cts.distributed.sync_batch_norm import convert_sync_batch_norm
 from dist_cts.errors import RunError
 from dist_cts.flat import load_named
@@ -50,6 +50,7 @@ class RunConfig(Config):
     episodes: int = M
     algorithm: str = "cts"
     reduction: str = "ordered"
+    wire: str = "fp32"
     tasks: int = T
     delay: int = 0
     outer: OuterConfig = OuterConfig()
@@ -76,8 +77,8 @@ def start(rank, world_size, folder, config=None, warn=print):
     return SimpleNamespace(
         config=config, state=state, **vars(state), checkpoints=checkpoints,
         reducer=MetaReducer(
-            phi, learners, placement, config.reduction, delay=config.delay, reduced=state.reduced,
-            groups=overlapping_groups(phi.device, config.delay + 1, 60),
+            phi, learners, placement, config.reduction, wire=config.wire, delay=config.delay, reduced=state.reduced,
+            groups=overlapping_groups(phi.device, (config.delay + 1) * collectives(config.wire), 60),
         ),
     )  # fmt: skip
 
@@ -182,6 +183,7 @@ RUNS = {
     "reptile": (1, RunConfig(algorithm="reptile")),
     "2 steps late on 2 ranks, with momentum": (2, RunConfig(delay=2, outer=OuterConfig(momentum=0.5))),
     "4 steps late, mean on 4 ranks": (4, RunConfig(delay=4, reduction="mean")),
+    "2 steps late in bf16, mean on 2 ranks": (2, RunConfig(delay=2, reduction="mean", wire="bf16")),
 }
 
 

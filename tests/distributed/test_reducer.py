@@ -7,7 +7,7 @@ import torch
 
 from dist_cts.distributed.placement import place
 from dist_cts.distributed.process_group import overlapping_groups
-from dist_cts.distributed.reducer import MetaReducer
+from dist_cts.distributed.reducer import MetaReducer, collectives
 
 
 class StubLearner:
@@ -76,11 +76,12 @@ def test_one_rank_s_stop_request_reaches_all_at_the_same_step(run_ranks):
         assert [control.stop for control in result.controls] == [True, True, True]
 
 
-def reduce_late(rank, reduction):
+def reduce_late(rank, reduction, wire):
     """What rank 1's stop request after step 2 and task 0's NaN in step 3 are to this rank, and when it knows."""
-    groups = overlapping_groups(torch.device("cpu"), 3, 30)
+    groups = overlapping_groups(torch.device("cpu"), 3 * collectives(wire), 30)
     learner = StubLearner(rank)
-    reducer = MetaReducer(torch.zeros(5), [learner], place(2, 2, rank), reduction, delay=2, groups=groups)
+    options = {"wire": wire, "delay": 2, "groups": groups}
+    reducer = MetaReducer(torch.zeros(5), [learner], place(2, 2, rank), reduction, **options)
     seen, means = [], []
     for step in range(1, 9):
         reducer.stop_requested = rank == 1 and step > 2
@@ -96,9 +97,10 @@ def reduce_late(rank, reduction):
     return seen, means
 
 
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
 @pytest.mark.parametrize("reduction", ["mean", "ordered"])
-def test_delayed_ranks_agree_on_stop_and_nan_at_one_step_and_apply_every_mean_in_time(run_ranks, reduction):
-    for seen, means in run_ranks(2, reduce_late, reduction):
+def test_delayed_ranks_agree_on_stop_and_nan_at_one_step_and_apply_every_mean_in_time(run_ranks, reduction, wire):
+    for seen, means in run_ranks(2, reduce_late, reduction, wire):
         # Step 4 has no mean; a tail is read one reduction after its own; at step 6 all in flight are waited for.
         assert means == [(3, 1.0), (4, 2.0), (5, 1.5), (7, 5.0), (8, 6.0), (8, 7.0)]
         assert seen == [
@@ -127,6 +129,22 @@ def leave_lock_step(rank):
 def test_ranks_at_different_steps_are_noticed(run_ranks):
     for rank, message in enumerate(run_ranks(2, leave_lock_step)):
         assert message.startswith(f"the ranks are out of sync at step {5 + rank}")
+
+
+def send_in_bf16(rank):
+    """Means and controls at a step that bfloat16 cannot hold, of values that it rounds."""
+    reducer = MetaReducer(torch.zeros(2), [StubLearner(rank)], place(2, 2, rank), wire="bf16")
+    reducer.start([torch.tensor([1 + 2**-8 + 2**-10, 3.0])], 4095)
+    (mean,) = reducer.finished(4095)
+    return mean.clone(), reducer.received(flush=True)
+
+
+def test_bf16_rounds_the_vectors_and_not_the_control_tail(run_ranks):
+    for mean, (control,) in run_ranks(2, send_in_bf16):
+        assert mean.dtype == torch.float32
+        assert mean.tolist() == [1 + 2**-7, 3.0]
+        assert control.step == 4095  # and the ranks agree on it
+        assert control.wait_seconds.tolist() == [0.25, 0.25]
 
 
 def test_one_collective_per_step_and_its_bytes_at_64_ranks(monkeypatch):

@@ -105,8 +105,9 @@ def imaml(model, batch, head, lam, iterations):
 def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head="fc", **options):
     """phi: {name: tensor}; models: one per task; batches(task, step) -> (x, y). Returns phi after M episodes.
 
-    options: every, outer {momentum, nesterov, schedule}, delay (in steps), scale, gradient ("fomaml" within an
-    episode), draw(m) -> the tasks of episode m, lam, iterations, direction(step) -> {name: tensor}.
+    options: every, outer {momentum, nesterov, schedule}, delay (in steps), wire (dtype to which a task's meta-gradient
+    is rounded), scale, gradient ("fomaml" within an episode), draw(m) -> the tasks of episode m, lam, iterations,
+    direction(step) -> {name: tensor}.
     """
     phi = copy.deepcopy(phi)
     optimizers = [optimizer_for(model, inner) for model in models]
@@ -153,6 +154,8 @@ def meta_train(phi, models, batches, inner, *, beta, M, K, algorithm="cts", head
                         gradients.append(leap(paths[task]))
                     else:
                         gradients.append({n: phi[n] - body[task][n].data for n in phi})
+                if "wire" in options:
+                    gradients = [{n: g.to(options["wire"]).float() for n, g in task.items()} for task in gradients]
                 delta = {n: -beta_m * sum(gradient[n] for gradient in gradients) / len(drawn) for n in phi}
                 late.append((step, delta))
             while late and (k == K or late[0][0] + options.get("delay", 0) <= step):

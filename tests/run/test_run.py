@@ -108,7 +108,8 @@ def test_schedules_clipping_and_adamw_resume_bit_identically(train, config, tmp_
 
 
 def test_a_delayed_run_resumes_with_its_meta_updates_in_flight(train, config, tmp_path, capfd):
-    config = config.model_copy(update={"method": load(TrainConfig, find("slow_network")).method})
+    shipped = load(TrainConfig, find("slow_network"))
+    config = config.model_copy(update={"method": shipped.method, "wire": shipped.wire})
     _, now = train(config.model_copy(update={"method": MethodConfig(), "run_dir": tmp_path / "now"}))
     _, expected = train(config.model_copy(update={"run_dir": tmp_path / "uninterrupted"}))
     assert not torch.equal(expected["phi"], now["phi"])

@@ -195,3 +195,10 @@ def test_a_page_says_what_the_files_say_and_no_other_number(page):
         text = text.replace(match[0], " ")
     left = re.findall(r"(?<![\w.,])\d+(?:[.,]\d+)+(?![\w])", text)
     assert set(left) <= set(SETTINGS[page].split()), f"{page}: no result has these numbers"
+
+
+def test_the_page_of_omniglot_says_what_its_file_says():
+    page = sorted(RESULTS.glob("*-omniglot.md"))[-1].read_text()
+    for name, row in load("omniglot")["accuracy"].items():
+        cells = [f"{row[shots]['mean']:.2f} ± {row[shots]['ci95']:.2f}" for shots in ("1-shot", "5-shot")]
+        assert f"| {name} | {' | '.join(cells)} |" in page

@@ -5,10 +5,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import loader, report, step_time
+from benchmarks import loader, omniglot, report, step_time
 from tests.helpers.commands import ROOT
 
 
@@ -104,12 +106,18 @@ def endurance(results):
     assert rows["open files"]["last tenth"] <= rows["open files"]["first tenth"] + 4
 
 
+def pools(results):
+    assert [(case["N"], case["T"]) for case in results["cases"]] == [(2, 4), (2, 8)]
+    assert all(case["peak_mib"] > 10 and case["seconds_per_step"] > 0 for case in results["cases"])
+
+
 BENCHMARKS = {
     "characters": (characters, ()),
     "soak": (soak, ()),
     "endurance": (endurance, ()),
     "many_tasks": (many_tasks, ("--precision", "bf16", "--channels-last")),
     "placement": (placement, ()),
+    "pools": (pools, ()),
     "scaling": (scaling, ()),
     "loader": (loaders, ()),
     "storage": (storage, ("--workers", "1")),
@@ -117,7 +125,7 @@ BENCHMARKS = {
     "step_trace": (step_trace, ()),
     "time_to_quality": (time_to_quality, ()),
 }
-SLOW = ("characters", "endurance", "soak", "start_up", "time_to_quality")  # they start the commands of launch/
+SLOW = ("characters", "endurance", "pools", "soak", "start_up", "time_to_quality")  # they start the commands of launch/
 
 
 def results_in(folder, name):
@@ -142,6 +150,26 @@ def test_quick_form(name, tmp_path, monkeypatch, capfd):
     torch.set_num_threads(1)  # as tests/conftest.py has it
     check(results_in(tmp_path, name))
     assert "\n|--" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_few_shot_tasks_of_characters(tmp_path):
+    generator = np.random.default_rng(0)
+    for character in range(60):
+        (tmp_path / "raw" / f"{character:02}").mkdir(parents=True)
+        for drawing in range(20):
+            image = Image.fromarray(generator.integers(0, 255, (28, 28), dtype=np.uint8))
+            image.save(tmp_path / "raw" / f"{character:02}" / f"{drawing:02}.png")
+    omniglot.main(
+        ["--quick", "--root", str(tmp_path / "raw"), "--out", str(tmp_path), "--methods", "reptile", "fomaml"]
+    )
+    results = results_in(tmp_path, "omniglot")
+    assert results["characters"] == {"training": 45, "validation": 10, "new": 5}
+    assert results["beta"] == {"reptile": 1.0, "fomaml": 0.3}
+    assert set(results["accuracy"]) == {"random", "reptile", "fomaml"}
+    for row in results["accuracy"].values():
+        assert all(0 <= cell["mean"] <= 100 for cell in (row["1-shot"], row["5-shot"]))
 
 
 @pytest.mark.slow

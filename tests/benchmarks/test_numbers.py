@@ -163,6 +163,7 @@ def reliability():
     typical = median(seconds for _, seconds in soak["hits"] if seconds)
     yield f"{soak['kills']} kills"
     yield f"median of {typical:.1f} s"
+    yield f"{load('endurance')['steps']:,} steps"
 
 
 PAGES = {

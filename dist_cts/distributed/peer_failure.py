@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -33,8 +34,6 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
     In a network partition such a call blocks until the kernel closes the connection, on Linux after 16 minutes.
 
-    Where no thread can be started, as in a rank that is out of memory, the call is not bounded.
-
     Raises:
         TimeoutError: the function has not returned after `seconds`; its thread is left behind.
     """
@@ -46,10 +45,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
         except Exception as error:
             outcome.set_exception(error)
 
-    try:
-        Thread(target=call, daemon=True).start()
-    except (RuntimeError, MemoryError):
-        call()
+    Thread(target=call, daemon=True).start()
     return outcome.result(seconds)
 
 
@@ -89,9 +85,10 @@ class LivenessCheck:
         text = what if isinstance(error, RankError) else f"{self.describe([self._rank])} failed: {what}; {RESUME}"
         if short := out_of_memory(error):
             expected, text = True, f"rank {self._rank}: {short}"
-        rank = self._rank
+        rank, call = self._rank, partial(self._call, text)
         with suppress(RuntimeError, TimeoutError):  # the others then report that they lost this rank
-            rank, first = within(4 * ANSWER_SECONDS, lambda: self._call(text))
+            # Not in a thread where memory has run out: Thread.start() would wait for ever if the thread cannot begin.
+            rank, first = call() if short else within(4 * ANSWER_SECONDS, call)
             text = text if rank == self._rank else first
         return RunError(text, speaker=rank, unexpected=not expected)
 

@@ -69,7 +69,7 @@ def plot(conditions: list[dict], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rates = list(dict.fromkeys(condition["mbit"] for condition in conditions))
-    figure, axes = plt.subplots(1, len(rates), figsize=(4 * len(rates), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(rates), figsize=(4 * len(rates) + 1, 3.6), layout="constrained", squeeze=False)
     for axis, rate in zip(axes[0], rates, strict=True):
         own = [condition for condition in conditions if condition["mbit"] == rate]
         for name in own[0]["seconds"]:
@@ -78,7 +78,7 @@ def plot(conditions: list[dict], title: str, path: Path) -> None:
             axis.plot([condition["delay_ms"] for condition in own], points, style, label=name, markersize=4)
         axis.set(xlabel="one-way delay, ms", ylabel="ms per step", ylim=(0, None))
         axis.set_title(f"{rate} Mbit/s" if rate else "no rate limit", fontsize=10)
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

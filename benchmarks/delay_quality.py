@@ -22,23 +22,31 @@ from dist_cts.run.meta_test import MetaTestConfig, meta_test
 from dist_cts.synthetic import ENVIRONMENTS
 
 EPILOG = """\
-synthetic  the tasks of section 4.1 from 21 x 21 initializations (K = 100, M = 3): the mean loss of the end points
-demo       the tasks of configs/demo.yaml, drawn if missing
-real       the tasks of configs/long_horizon.yaml (benchmarks/paper/long_horizon.md prepares them)
+synthetic       the tasks of section 4.1 from 21 x 21 initializations (K = 100, M = 3): the mean loss of the end points
+demo            the tasks of configs/demo.yaml, drawn if missing
+long_horizon    the tasks of configs/long_horizon.yaml (benchmarks/paper/long_horizon.md prepares them)
+realdata_small  the tasks of configs/realdata_small (benchmarks/results/2026-11-23-realdata-small.md prepares them)
 All delays and betas of a seed train side by side on the same batches: a small convolutional network (`tiny`).
-A JSON file per seed; an interrupted call resumes. `crossing`: meta-updates in flight at the end of an episode
+A JSON file per set and seed; an interrupted call resumes. `crossing`: meta-updates in flight at the end of an episode
 are applied in the next one, instead of before it.
 
-  python benchmarks/delay_quality.py --work /tmp/delay --real-data data/long_horizon
+  python benchmarks/delay_quality.py --work runs/delay \
+      --data long_horizon=data/long_horizon realdata_small=data/realdata_small
 """
 DELAYS, BETAS, SEEDS = (0, 1, 2, 4, 8, 16), (0.03, 0.1), (0, 1, 2)
 INNER = InnerConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0)  # of section 4.1
 SMALL = ("model.name=tiny", "model.width=1", "batch_size=16", "data.padding=2", "device=cpu")
 GRID_BETAS, GRID_DELAYS = (0.01, 0.03, 0.1, 0.2, 0.3), (0, 1, 2, 4, 8, 16, 32, 64)  # synthetic
-SETS = {"demo": "demo", "real": "long_horizon"}  # configurations
+SETS = {  # configurations of meta-training and meta-test
+    "demo": ("demo", "demo_meta_test"),
+    "long_horizon": ("long_horizon", "long_horizon_meta_test"),
+    "realdata_small": ("realdata_small/cts", "realdata_small_meta_test"),
+}
+TESTING = ("steps=300", "seeds=2", "inner.lr=0.05")
 SIZES = {  # overrides of meta-training and meta-test: what there is time for
-    "demo": (("episodes=8", "inner_steps=60", "inner.lr=0.05"), ("steps=300", "seeds=2", "inner.lr=0.05")),
-    "real": (("episodes=6", "inner_steps=100", "inner.lr=0.05"), ("steps=300", "seeds=2", "inner.lr=0.05")),
+    "demo": (("episodes=8", "inner_steps=60", "inner.lr=0.05"), TESTING),
+    "long_horizon": (("episodes=6", "inner_steps=100", "inner.lr=0.05"), TESTING),
+    "realdata_small": (("episodes=6", "inner_steps=100", "inner.lr=0.05"), TESTING),
 }
 VARIANTS = [Variant(beta, delay) for beta in BETAS for delay in DELAYS]
 VARIANTS += [Variant(0.1, delay, crossing=True) for delay in (2, 4, 8)]
@@ -67,7 +75,7 @@ def synthetic_grid(delays: tuple[int, ...]) -> dict[str, dict[str, float]]:
 
 def one_seed(name: str, seed: int, size: tuple, data: Path, work: Path) -> dict[str, dict]:
     """The mean training loss of the last episode and the accuracy on every target, of every variant."""
-    file, (training, testing) = SETS[name], size
+    (file, test_file), (training, testing) = SETS[name], size
     values = [*SMALL, *training, f"data.root={data}", f"seed={seed}", "run_dir=unused"]
     phis, losses = meta_train_variants(load(TrainConfig, CONFIGS / f"{file}.yaml", values), VARIANTS)
     out = work / f"{name}-{seed}"
@@ -80,7 +88,7 @@ def one_seed(name: str, seed: int, size: tuple, data: Path, work: Path) -> dict[
             starts[this] = str(out / f"{this}.safetensors")
             export_phi(Path(starts[this]), phi, {})
     values = [*SMALL, *testing, f"data.root={data}", f"out={out}", "eval_points=1", "random=false"]
-    tested = load(MetaTestConfig, CONFIGS / f"{file}_meta_test.yaml", values)
+    tested = load(MetaTestConfig, CONFIGS / f"{test_file}.yaml", values)
     meta_test(tested, starts)
     for path in (out / "jobs").glob("*.json"):
         job = json.loads(path.read_text())
@@ -179,25 +187,32 @@ def plot(rows: list[dict], grid: dict[str, dict], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, EPILOG)
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--demo-data", type=Path, default="data/demo")
-    parser.add_argument("--real-data", type=Path, help="prepared tasks of configs/long_horizon.yaml; none: left out")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SET=FOLDER",
+        help="prepared tasks; sets without are left out (demo: data/demo)",
+    )
     parser.add_argument("--report", action="store_true", help="start no run; report those that have finished")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = {"demo": (("episodes=1", "inner_steps=10"), ("steps=2", "seeds=1"))} if args.quick else SIZES
+    data = {"demo": "data/demo"} | dict(pair.split("=", 1) for pair in args.data)
+    if unknown := data.keys() - SETS:
+        parser.error(f"--data: no such set: {', '.join(unknown)}; sets: {', '.join(SETS)}")
     for file, model in zip(FILES, (TrainConfig, MetaTestConfig), strict=True):
         config = load(model, file)
-        draw_missing(file, args.demo_data, config.task_names if model is TrainConfig else config.targets)
+        draw_missing(file, Path(data["demo"]), config.task_names if model is TrainConfig else config.targets)
     args.work.mkdir(parents=True, exist_ok=True)
     surface = args.work / "synthetic.json"
     grid = json.loads(surface.read_text()) if surface.exists() else synthetic_grid((0,) if args.quick else GRID_DELAYS)
     surface.write_text(json.dumps(grid, indent=1))
     results: dict[str, dict] = {}
-    for seed, name in [(seed, name) for seed in SEEDS for name in sizes if name != "real" or args.real_data]:
+    for seed, name in [(seed, name) for seed in SEEDS for name in sizes if name in data]:
         path = args.work / f"{name}-{seed}.json"
         if not path.exists() and not args.report:
-            data = args.real_data if name == "real" else args.demo_data
-            record = one_seed(name, seed, sizes[name], data, args.work)
+            record = one_seed(name, seed, sizes[name], Path(data[name]), args.work)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(record))
             os.replace(temporary, path)

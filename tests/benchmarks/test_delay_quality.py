@@ -47,7 +47,7 @@ def test_a_long_delay_diverges_on_the_synthetic_tasks():
 
 @pytest.mark.slow
 def test_the_quick_form_of_the_quality(tmp_path):
-    work = ["--work", str(tmp_path / "work"), "--demo-data", str(tmp_path / "data")]
+    work = ["--work", str(tmp_path / "work"), "--data", f"demo={tmp_path / 'data'}"]
     delay_quality.main(["--quick", "--out", str(tmp_path), *work])
     (path,) = tmp_path.glob("*-delay-quality.json")
     results = json.loads(path.read_text())["results"]

@@ -30,7 +30,7 @@ slurm: $(STAMP) ## run the tests of launch/slurm on a SLURM that they start (roo
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 faults: $(STAMP) ## run the fault-injection tests (minutes)
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python -m pytest $(PARALLEL) -m faults tests/faults
 
 soak: $(STAMP) ## kill ranks and torchrun N times at random (N=100), compare phi with an uninterrupted run's
 	$(BIN)/python benchmarks/soak.py --kills $(N)

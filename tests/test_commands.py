@@ -27,7 +27,7 @@ def installed(tmp_path_factory):
     for name in ("dist_cts", "configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=100)
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=250)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
         wheel.extractall(out / "site")
     return out / "site"
@@ -40,7 +40,7 @@ def run(installed, tmp_path):
     def run(*arguments, launcher=(sys.executable, "-m"), folder=tmp_path):
         command = [*launcher, "dist_cts", *map(str, arguments)]
         environment = {**ENVIRONMENT, "PYTHONPATH": str(installed)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
         return done.returncode, done.stdout, done.stderr
 
     return run

@@ -139,7 +139,7 @@ def test_a_mistake_is_one_line_with_its_exit_code(run, config, keys, code, messa
 
 def test_a_missing_task_of_one_rank_ends_all_ranks_with_one_line(start, config):
     # Under 30 s, on a machine that does nothing else; most of it is the import of torch.
-    code, _, err = start("train.py", "--config", config, "tasks=[a, nothere]", ranks=2).finish(timeout=60)
+    code, _, err = start("train.py", "--config", config, "tasks=[a, nothere]", ranks=2).finish()
     assert code == 1  # torchrun's own, whatever the ranks gave
     assert err.count("error:") == 1, err
     assert "error: rank 1: " in err

@@ -316,7 +316,7 @@ def test_a_batch_above_the_dataset_is_a_warning(run):
 def torchrun(place, *arguments, options=()):
     command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *options, "-m", "dist_cts", *arguments]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=250)
     return done.returncode, done.stderr.splitlines()
 
 

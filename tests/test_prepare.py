@@ -189,13 +189,13 @@ images, labels = TaskBatches(train, 0, 16, config).next()
 assert images.shape == (16, 3, 32, 32)
 assert sum(len(labels) for _, labels in test_batches(test, 100, config)) == test.manifest.count
 """
-    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
     assert ", raw, " in result.stdout
 
 
 def test_the_script_runs(tmp_path):
     command = [sys.executable, "launch/prepare.py", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0
     assert "tiny-imagenet" in result.stdout

@@ -174,7 +174,7 @@ def test_trajectory_file_equals_an_independent_loop(algorithm, tmp_path):
 
 def test_command_as_a_user_starts_it(tmp_path):
     line = [sys.executable, REPO / "launch/synthetic.py", "--inner-steps", "5", "--out", tmp_path / "new"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "after 15 meta-updates and 15 inner-gradient steps per task" in done.stdout
     assert (tmp_path / "new" / "trajectory.json").exists()

@@ -175,7 +175,7 @@ def test_few_shot_tasks_of_characters(tmp_path):
 @pytest.mark.slow
 def test_a_script_starts_its_own_ranks(tmp_path):
     command = [sys.executable, step_time.__file__, "--quick", "--out", tmp_path]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=100)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=250)
     step_times(results_in(tmp_path, "step_time"))
 
 

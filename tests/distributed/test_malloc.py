@@ -28,7 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def page_faults(malloc):
     command = [sys.executable, "-c", PAGE_FAULTS, malloc]
     gives_back = os.environ | {"MALLOC_TRIM_THRESHOLD_": "1000"}  # at every chance, not only at most
-    return int(subprocess.run(command, env=gives_back, check=True, capture_output=True, text=True, timeout=60).stdout)
+    return int(subprocess.run(command, env=gives_back, check=True, capture_output=True, text=True, timeout=250).stdout)
 
 
 def test_memory_that_a_step_frees_serves_the_next_one():

@@ -10,8 +10,10 @@ from PIL import Image
 
 from tests.helpers.batches import write_task
 from tests.helpers.commands import assert_equal, phi
+from tests.helpers.small_run import LIMIT
 
 full = pytest.mark.faults
+pytestmark = pytest.mark.timeout(3 * LIMIT)
 MOST = 100  # changes of files, far more than any of these commands makes
 
 

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -19,7 +20,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Faults come into a process through tests/faults/injected.py, where it finds FAULT in its environment.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-GRACE = 10  # seconds between the failure of one forked rank and the end of the others
+GRACE = 100  # seconds between the failure of one forked rank and the end of the others, unless they are stopped
 
 
 class Command:
@@ -80,10 +81,18 @@ class Command:
     def signal(self, number):
         os.kill(self.process.pid, number)
 
-    def finish(self, timeout=100):
+    def stopped(self):
+        """Whether every forked rank that is left is stopped, as by SIGSTOP."""
+        states = []
+        for process in self.processes:
+            with suppress(FileNotFoundError):
+                states.append(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0])
+        return set(states) == {"T"}
+
+    def finish(self, timeout=250):
         """Exit code (of forked ranks a list), stdout and stderr."""
         deadline, failed = time.monotonic() + timeout, False
-        while self.running() and time.monotonic() < deadline:
+        while self.running() and time.monotonic() < deadline and not (failed and self.stopped()):
             time.sleep(0.02)
             if self.forked and not failed and any(process.exitcode for process in self.processes):
                 failed, deadline = True, min(deadline, time.monotonic() + GRACE)

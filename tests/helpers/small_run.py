@@ -1,7 +1,7 @@
 """The small run into which tests/faults/ injects faults."""
 
 STEPS, SAVE = 30, 4
-LIMIT = 120  # seconds after which a run counts as hanging
+LIMIT = 250  # seconds after which a run counts as hanging
 RESTARTS = ["--max-restarts=2", "--shutdown-timeout=5"]
 
 

@@ -88,7 +88,7 @@ class Cluster:
                 stdout=out,
                 stderr=out,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 250
         while self.run("sinfo", "-h", "-o", "%D %T", check=False) != "2 idle":
             assert time.monotonic() < deadline, (self.folder / "daemons.out").read_text()
             time.sleep(0.3)
@@ -102,7 +102,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """A SLURM command's output."""
         result = subprocess.run(
-            command, cwd=self.work, env=self.environment | environment, capture_output=True, text=True, timeout=60
+            command, cwd=self.work, env=self.environment | environment, capture_output=True, text=True, timeout=250
         )
         assert result.returncode == 0 or not check, f"{command}: {result.stderr}"
         return result.stdout.strip()
@@ -119,7 +119,7 @@ class Cluster:
         path = self.work / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, job: str, happened: Callable[[], object], timeout: float = 200) -> dict[str, str]:
+    def wait(self, job: str, happened: Callable[[], object], timeout: float = 500) -> dict[str, str]:
         """The job as soon as something has happened; at the latest after its end, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not happened() and self.job(job)["JobState"] not in ENDS:
@@ -127,7 +127,7 @@ class Cluster:
             time.sleep(0.3)
         return self.job(job)
 
-    def finish(self, job: str, timeout: float = 200) -> dict[str, str]:
+    def finish(self, job: str, timeout: float = 500) -> dict[str, str]:
         """The job after its end."""
         return self.wait(job, lambda: False, timeout)
 

@@ -104,6 +104,7 @@ def endurance(results):
     rows = {row["figure"]: row for row in results["compared"]}
     assert {"open files", "threads", "resident memory, MiB", "metrics.jsonl, bytes per step"} <= rows.keys()
     assert rows["open files"]["last tenth"] <= rows["open files"]["first tenth"] + 4
+    assert results["beside_fresh"]["CPU time"]["low"] > 0
 
 
 def pools(results):

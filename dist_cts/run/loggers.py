@@ -138,7 +138,11 @@ class Loggers:
                 logger.log(scalars, step)
 
     def close(self, failed: bool = False) -> None:
-        """Ends the loggers. One that hangs, e.g. uploading without a network, is left behind after a deadline."""
+        """Ends the loggers. One that hangs, e.g. uploading without a network, is left behind after a deadline.
+
+        After a failure in silence: the line that says why the run failed is the last one.
+        """
+        self._failed.update(self._loggers if failed else ())
         for name, logger in self._loggers.items():
             with self._best_effort(name):
                 _within(5.0 if failed else CLOSING_SECONDS, logger.close)

@@ -77,6 +77,18 @@ def test_a_logger_that_hangs_at_the_end_is_left_behind(config, monkeypatch, capf
     assert "logger mine: records lost: not finished after 0 s" in capfd.readouterr().err
 
 
+def test_the_error_of_a_failed_run_stays_the_last_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyError("no network")
+
+    lines = []
+    monkeypatch.setattr(loggers, "log_rank0", lines.append)
+    monkeypatch.setitem(LOGGERS, "mine", type("Broken", (Recorder,), {"close": fail}))
+    for failed in (True, False):
+        Loggers(["mine"], LoggedRun(tmp_path, "mine", {})).close(failed)
+        assert len(lines) == (not failed)
+
+
 def test_unknown_loggers_and_missing_packages_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match=r"loggers='tensorbord': unknown; did you mean tensorboard\?"):
         check_loggers(["tensorbord"])

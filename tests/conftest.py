@@ -19,8 +19,8 @@ from tests.helpers.commands import Command  # noqa: E402
 
 torch.set_num_threads(1)
 # Ranks are forked from a server process that has everything imported and no thread started. torch._dynamo, which the
-# first optimizer of a process imports, costs 2.5 seconds of CPU; matplotlib draws curves.png; pytest and hypothesis come
-# with the test's own module.
+# first optimizer of a process imports, costs 2.5 seconds of CPU; matplotlib draws curves.png; pytest and hypothesis
+# come with the test's own module.
 multiprocessing.set_forkserver_preload(
     [
         "torch",

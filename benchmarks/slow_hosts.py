@@ -59,10 +59,16 @@ class Rank:
         self.zeros = torch.zeros(learners.MetaTraining([learner()], world_size).reducer.message_numel)
 
     def block(self, name: str, steps: int, straggler: str = "none") -> dict[str, float]:
-        """Seconds per step over a block, on the slowest rank; CPU seconds per step and rank; steps with the warm-up."""
+        """Seconds per step over a block, on the slowest rank; CPU seconds per step and rank; steps with the warm-up.
+
+        Where latency is the limit, d + 1 steps follow one another and then wait: without stragglers, a block is `steps`
+        rounded up to whole cycles of this kind.
+        """
         step, rank, world_size = self.steps[name], dist.get_rank(), dist.get_world_size()
         late = {"none": -1, "one": 0 if rank == 1 else -1, "each": rank * EVERY // world_size}[straggler]
-        warm_up = 2 * self.ahead.get(name, 0) + 2  # until as many reductions are in flight as will be
+        cycle = self.ahead.get(name, 0) + 1
+        warm_up = 2 * cycle  # until as many reductions are in flight as will be
+        steps = -(-steps // cycle) * cycle if straggler == "none" else steps
         dist.barrier()
         for _ in range(warm_up):
             step()

@@ -18,11 +18,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3 * LIMIT)]
 RESUMES = "run the same command to resume from the latest checkpoint"
 
 
-@pytest.fixture(scope="module")
-def delay():
-    return 0
-
-
 @pytest.fixture
 def run(network, torchrun, fault, tmp_path):
     """run(*keys, store=0, nodes="2", restarts=0, **link): torchrun on two hosts; the rendezvous is on host `store`.
@@ -106,7 +101,8 @@ def test_a_link_that_is_cut_for_a_while_delays_or_restarts_the_run(run, cut, tmp
     err = "".join(err for *_, err in ends)
     assert [code for code, *_ in ends] == [0, 0], err
     assert ("resuming from checkpoint at step " in err) == (timeout < seconds)
-    assert len(errors(err)) == (0 if timeout > seconds else 2), err
+    # A restarted run may miss its timeout again on a busy machine.
+    assert len(errors(err)) >= 2 if timeout < seconds else not errors(err), err
     assert_equal(phi(tmp_path / "run"), uninterrupted)
 
 

@@ -1,11 +1,15 @@
 """Even placement, errors raised on all ranks, and consistency checks between ranks."""
 
+import threading
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from dist_cts.distributed import peer_failure, process_group
 from dist_cts.distributed.placement import place
 from dist_cts.distributed.process_group import check_layouts, check_same_bits, raise_on_all_ranks, select_device
-from dist_cts.errors import RunError
+from dist_cts.errors import RunError, UnreachableError
 from dist_cts.flat import FlatLayout
 
 
@@ -48,6 +52,21 @@ def fail_on_rank_1(rank):
                 raise FileNotFoundError("x.beton does not exist")
     except FileNotFoundError as error:
         return str(error)
+
+
+def test_a_store_that_does_not_answer_bounds_the_rendezvous(monkeypatch):
+    class CutOff:
+        def set(self, *_):
+            threading.Event().wait()
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(CutOff(), 1, 2)]))
+    monkeypatch.setattr(process_group, "within", lambda seconds, call: peer_failure.within(seconds - 60, call))
+    with (
+        pytest.raises(UnreachableError, match=r"torchrun's store has not responded for 60\.1 s"),
+        process_group.process_group(torch.device("cpu"), 55.1),
+    ):
+        pass
 
 
 def test_an_error_of_one_rank_is_raised_on_all(run_ranks):

@@ -4,6 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from dist_cts.checkpoint.schedule import CheckpointConfig
+from dist_cts.distributed.peer_failure import ANSWER_SECONDS
+from dist_cts.distributed.process_group import backend_timeout
+from dist_cts.run.exit_codes import STOPPED
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -26,3 +32,19 @@ def test_every_file_that_is_named_exists(page):
 
 def test_the_readme_has_at_most_900_words():
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_the_times_and_defaults_in_reliability_are_those_of_the_code():
+    text = (ROOT / "docs/reliability.md").read_text()
+    defaults = re.findall(r"^\| `checkpoint\.(\w+)` \|.*?default (\d+)", text, re.MULTILINE)
+    assert {key: float(value) for key, value in defaults} == dict(CheckpointConfig())
+    words = " ".join(text.split())
+    for claim in (
+        f"that do not respond after {ANSWER_SECONDS:g} more seconds",
+        f"every rank reports after at most {4 * ANSWER_SECONDS:g} ",
+        f"`timeout_seconds` + {backend_timeout(torch.device('cuda'), 0):g} s",
+        f"exits with code {STOPPED}.",
+    ):
+        assert claim in words, claim
+    (wait,) = re.findall(r"`SLURM_WAIT` \((\d+)\) seconds", text)
+    assert f"SLURM_WAIT:-{wait}}}" in (ROOT / "launch/slurm/train_multinode.sbatch").read_text()

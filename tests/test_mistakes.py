@@ -15,6 +15,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from dist_cts.commands import meta_test, plot, prepare, synthetic, train
+from dist_cts.run.folder import claim
 from tests.helpers.batches import write_task
 from tests.helpers.commands import ENVIRONMENT, ROOT, TORCHRUN
 
@@ -311,6 +312,14 @@ def test_a_batch_above_the_dataset_is_a_warning(run):
     assert (
         "warning: task digits: batch_size=61 exceeds its 60 training images; every batch repeats some of them\n" in err
     )
+
+
+def test_a_second_meta_test_in_the_folder_is_refused(run, place):
+    with claim(place / "taken"):
+        code, err = run(meta_test, "--config", "test.yaml", "out=taken")
+    holder = f"another run (process {os.getpid()} on {os.uname().nodename})"
+    assert code == 2
+    assert err.endswith(f"error: taken is in use by {holder}: stop it, or choose another out\n"), err
 
 
 def torchrun(place, *arguments, options=()):

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from dist_cts.algorithms.table import MethodConfig
 from dist_cts.checkpoint.files import OUTER
+from dist_cts.checkpoint.schedule import CheckpointConfig
 from dist_cts.config import find, load
 from dist_cts.learner import InnerConfig, TaskLearner
+from dist_cts.run import hooks
 from dist_cts.run import train as training
 from dist_cts.run.config import TrainConfig
 from dist_cts.run.exit_codes import DONE, STOPPED
@@ -196,6 +198,22 @@ def test_a_loss_beyond_its_limit_is_reported_once_for_each_task(train, config, c
     lines = [line for line in capfd.readouterr().err.splitlines() if "diverges" in line]
     assert [line.split(": loss")[0] for line in lines] == [f"step 1: task {name} diverges" for name in "ab"]
     assert all("exceeds loss_limit=0.01; lower inner.lr or meta_lr" in line for line in lines)
+
+
+def test_phi_is_compared_every_check_every_steps_and_before_each_checkpoint(train, config, monkeypatch):
+    steps = []
+    monkeypatch.setattr(hooks, "check_same_bits", lambda phi, step: steps.append(step))
+    saved = CheckpointConfig(every_steps=6)
+    assert train(config.model_copy(update={"check_every": 4, "checkpoint": saved}))[0] == DONE
+    assert steps == [4, 6, 8, 12]
+
+
+def test_a_snapshot_that_cannot_be_written_is_a_warning(train, config, capfd):
+    config.run_dir.mkdir()
+    (config.run_dir / "snapshots").touch()
+    assert train(config.model_copy(update={"snapshot_every": K}))[0] == DONE
+    warning = f"step {K}: snapshot failed: File exists ({config.run_dir / 'snapshots'}); training continues"
+    assert [line for line in capfd.readouterr().err.splitlines() if "snapshot failed" in line] == [warning]
 
 
 def test_temporary_files_of_a_killed_run_are_removed_at_the_next_start(train, config):

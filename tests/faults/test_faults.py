@@ -20,7 +20,7 @@ import pytest
 from dist_cts.run.folder import claim
 from tests.checkpoint.test_checkpoint import DAMAGES
 from tests.helpers.commands import assert_equal, phi
-from tests.helpers.small_run import LIMIT, RESTARTS, SAVE, STEPS, errors
+from tests.helpers.small_run import LIMIT, RESTARTS, SAVE, SOON, STEPS, errors
 
 full = pytest.mark.faults
 pytestmark = pytest.mark.timeout(3 * LIMIT)
@@ -41,7 +41,7 @@ def test_a_lost_rank_is_named_by_one_of_the_others_and_nothing_is_lost(
 ):
     environment = fault(act, rank)
     step = json.loads(environment["FAULT"])["step"]
-    codes, err = train("timeout_seconds=8", environment=environment)
+    codes, err = train(SOON, environment=environment)
     assert codes[1 - rank] == 1, err
     (line,) = errors(err)
     assert line in [  # the others notice it when they wait for it
@@ -130,7 +130,7 @@ def test_a_rank_killed_before_the_first_step_is_named_and_loses_nothing(
         assert train("episodes=1", "seed=1")[0] == [0, 0]
         old = phi(tmp_path / "run")
     environment = fault("kill", rank, at="call", function=function, step=call, run=None)
-    codes, err = train(*keys, "timeout_seconds=8", environment=environment)
+    codes, err = train(*keys, SOON, environment=environment)
     assert codes[rank] == -signal.SIGKILL, err
     assert codes[1 - rank] == 1, err
     (line,) = errors(err)
@@ -159,7 +159,7 @@ def test_a_rank_that_is_stopped_for_three_seconds_delays_and_changes_nothing(
 
 @full
 def test_a_rank_out_of_memory_says_so_and_loses_nothing(train, fault, tmp_path, uninterrupted):
-    codes, err = train("timeout_seconds=8", environment=fault("memory"))
+    codes, err = train(SOON, environment=fault("memory"))
     assert codes == [1, 1], err
     assert "Traceback" not in err
     (line,) = errors(err)
@@ -193,7 +193,7 @@ def test_a_rank_that_the_kernel_kills_for_its_memory_is_named_and_loses_nothing(
     train, fault, control_group, tmp_path, uninterrupted, rank
 ):
     environment = fault("fill a control group", rank, argument=str(control_group))
-    codes, err = train("timeout_seconds=8", environment=environment)
+    codes, err = train(SOON, environment=environment)
     assert codes[rank] == -signal.SIGKILL, err
     assert codes[1 - rank] == 1
     (line,) = errors(err)
@@ -210,7 +210,7 @@ def test_a_rank_that_the_kernel_kills_for_its_memory_is_named_and_loses_nothing(
 def test_an_error_of_one_rank_is_one_line_that_ends_all(train, fault, tmp_path, uninterrupted, error, rank):
     environment = fault("fail", rank, argument=error)
     step = json.loads(environment["FAULT"])["step"]
-    codes, err = train("timeout_seconds=8", environment=environment)
+    codes, err = train(SOON, environment=environment)
     assert codes == [1, 1], err
     what = {"value": "no such sample", "type": "TypeError: an operand"}[error]
     line = f"error: rank {rank} (task {'ab'[rank]}), in step {step}, failed: {what}; run the same command to resume "
@@ -344,7 +344,7 @@ def nodes(port):
 @pytest.mark.parametrize("act", ["kill", "stop"])
 def test_torchrun_restarts_a_run_that_lost_a_rank_bit_identically(torchrun, fault, tmp_path, uninterrupted, act):
     options = {"options": ["--standalone", *RESTARTS], "environment": fault(act)}
-    code, _, err = torchrun("timeout_seconds=8", **options).finish(LIMIT)
+    code, _, err = torchrun("timeout_seconds=40", **options).finish(LIMIT)
     assert code == 0, err
     assert len(errors(err)) == 1
     assert "error: rank 1 (task b), in step " in err

@@ -2,6 +2,7 @@
 
 STEPS, SAVE = 30, 4
 LIMIT = 250  # seconds after which a run counts as hanging
+SOON = "timeout_seconds=20"  # for a rank that hangs; on a busy machine ranks start some seconds apart
 RESTARTS = ["--max-restarts=2", "--shutdown-timeout=5"]
 
 
@@ -16,7 +17,7 @@ method: {{delay: {delay}}}
 batch_size: 8
 log_every: 5
 reduction: ordered
-timeout_seconds: 30
+timeout_seconds: 60
 run_dir: {run_dir}
 device: cpu
 model: {{name: tiny}}

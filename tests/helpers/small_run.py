@@ -1,7 +1,7 @@
 """The small run into which tests/faults/ injects faults."""
 
 STEPS, SAVE = 30, 4
-LIMIT = 250  # seconds after which a run counts as hanging
+LIMIT = 600  # seconds after which a run counts as hanging
 SOON = "timeout_seconds=20"  # for a rank that hangs; on a busy machine ranks start some seconds apart
 RESTARTS = ["--max-restarts=2", "--shutdown-timeout=5"]
 

@@ -1,5 +1,6 @@
 """Runs in this process: interrupted at any step, they resume bit-identically to an uninterrupted run."""
 
+import shutil
 import signal
 
 import pytest
@@ -214,6 +215,22 @@ def test_a_snapshot_that_cannot_be_written_is_a_warning(train, config, capfd):
     assert train(config.model_copy(update={"snapshot_every": K}))[0] == DONE
     warning = f"step {K}: snapshot failed: File exists ({config.run_dir / 'snapshots'}); training continues"
     assert [line for line in capfd.readouterr().err.splitlines() if "snapshot failed" in line] == [warning]
+
+
+@pytest.mark.parametrize("writer", ["log_every", "snapshot_every"])
+def test_whatever_writes_next_creates_a_deleted_folder_again(config, monkeypatch, writer):
+    after_step, found = Hooks.__call__, set()
+
+    def deleted(self):
+        if self.state.progress.step == 2:
+            shutil.rmtree(config.run_dir)
+        after_step(self)
+        if self.state.progress.step == 2:
+            found.update(path.name for path in config.run_dir.iterdir())
+
+    monkeypatch.setattr(Hooks, "__call__", deleted)
+    assert training.train(config.model_copy(update={writer: 1, "eval_every": 0, "episodes": 1})) == DONE
+    assert found >= {".lock", "config.yaml", "environment.json"}
 
 
 def test_temporary_files_of_a_killed_run_are_removed_at_the_next_start(train, config):

@@ -1,6 +1,7 @@
 """MODEL of a step whose all-reduce runs while later steps compute: messages in flight share the wire."""
 
 import heapq
+import math
 from typing import NamedTuple
 
 
@@ -15,23 +16,32 @@ def delayed_step(compute: float, sends: list[Send], delay: int, steps: int = 200
     """Seconds of a step that computes for `compute` seconds and whose message is waited for `delay` steps later.
 
     A message leaves as soon as its step has computed, as `sends` one after another, and step k + d + 1 starts once that
-    of step k has arrived. The wire serves the messages in flight in the order in which their sends become ready. All
-    ranks behave alike, so that one rank's wire stands for all.
+    of step k has arrived. Sends that are ready share the wire equally, as TCP connections do. All ranks behave alike,
+    so that one rank's wire stands for all.
     """
-    waiting: list[tuple[float, int, int]] = []  # when a message's next send is ready; the message; the send
+    ready: list[tuple[float, int, int]] = []  # when a message's next send is ready; the message; the send
+    sending: dict[int, list[float]] = {}  # of a message: seconds that its send still needs the whole wire; the send
     arrived: dict[int, float] = {}
-    now = free = half = 0.0
+    now = clock = half = 0.0  # of the ranks, and of the wire
     for step in range(steps):
         now += compute
-        heapq.heappush(waiting, (now, step, 0))
+        heapq.heappush(ready, (now, step, 0))
         while (due := step - delay) >= 0 and due not in arrived:
-            ready, message, number = heapq.heappop(waiting)
-            free = max(ready, free) + sends[number].wire
-            then = free + sends[number].latency
+            first = min(sending, key=lambda message: sending[message][0], default=None)
+            end = clock + sending[first][0] * len(sending) if first is not None else math.inf
+            then = max(clock, min(end, ready[0][0] if ready else math.inf))
+            for send in sending.values():
+                send[0] -= (then - clock) / len(sending)
+            clock = then
+            if then < end:
+                _, message, number = heapq.heappop(ready)
+                sending[message] = [sends[number].wire, number]
+                continue
+            number = int(sending.pop(first)[1])
             if number + 1 < len(sends):
-                heapq.heappush(waiting, (then, message, number + 1))
+                heapq.heappush(ready, (clock + sends[number].latency, first, number + 1))
             else:
-                arrived[message] = then
+                arrived[first] = clock + sends[number].latency
         now = max(now, arrived.get(due, 0.0))
         half = now if step == steps // 2 else half
     return (now - half) / (steps - 1 - steps // 2)

@@ -4,6 +4,8 @@ import heapq
 import math
 from typing import NamedTuple
 
+SEGMENT = 2**20  # gloo's largest, bytes
+
 
 class Send(NamedTuple):
     """Part of a message: seconds for which it occupies the wire, and seconds from then until the next part is ready."""
@@ -47,11 +49,13 @@ def delayed_step(compute: float, sends: list[Send], delay: int, steps: int = 200
     return (now - half) / (steps - 1 - steps // 2)
 
 
-def ring(hosts: int, latency: float, wire: float, overhead: float) -> list[Send]:
-    """gloo's ring all-reduce over one rank per host, one-way `latency` apart.
+def ring(hosts: int, size: int, latency: float, wire: float, overhead: float) -> list[Send]:
+    """gloo's ring all-reduce of `size` bytes over one rank per host, one-way `latency` apart.
 
-    2 (W - 1) times, a rank passes 1 / W of the message to its neighbour, which first says in an empty packet that it is
-    ready. `wire`: seconds for which the message as a whole would occupy a wire; `overhead`: an all-reduce's CPU time.
+    2 (W - 1) times, a rank passes 1 / W of the message to its neighbour, in segments, two at a time. First the neighbour
+    says in an empty packet that it is ready. `wire`: seconds for which the message as a whole would occupy a wire;
+    `overhead`: an all-reduce's CPU time.
     """
-    rounds = 2 * (hosts - 1)
-    return [Send(0.0, latency), Send(wire / hosts, latency + overhead / rounds)] * rounds
+    rounds = 2 * (hosts - 1) * max(1, math.ceil(size / hosts / (2 * SEGMENT)))
+    occupied = 2 * (hosts - 1) * wire / hosts
+    return [Send(0.0, latency), Send(occupied / rounds, latency + overhead / rounds)] * rounds

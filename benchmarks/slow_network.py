@@ -166,7 +166,8 @@ def table_rows(conditions: list[dict], message_bytes: int, hosts: int) -> list[d
             kind, *options = name.split()
             if kind == "cts":
                 delay, share = int(options[0]), 0.5 if "bf16" in options else 1
-                sends = ring(hosts, condition["delay_ms"] / 1e3, share * wire, overhead=first["all_reduce"])
+                size = round(share * message_bytes)
+                sends = ring(hosts, size, condition["delay_ms"] / 1e3, share * wire, overhead=first["all_reduce"])
                 model = delayed_step(hidden if delay else alone, sends, delay)
                 row["model, ms"], row["model / measured"] = 1e3 * model, model / statistics.median(seconds)
             rows.append(row)

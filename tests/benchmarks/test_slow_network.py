@@ -20,12 +20,14 @@ def test_the_model_of_a_delayed_step():
 
 def test_messages_in_flight_share_the_wire():
     # Two hosts, 50 ms one way, 1.08 MB at 100 Mbit/s, 66 ms of computation: one message alone takes 296 ms.
-    sends = ring(2, 0.05, 0.086, 0.01)
+    sends = ring(2, 1_080_000, 0.05, 0.086, 0.01)
     assert delayed_step(0, sends, 0) == pytest.approx(4 * 0.05 + 0.086 + 0.01)
     assert 0.086 < delayed_step(0.066, sends, 4) < 0.093  # 0.111 if a send waited for those before it
     assert delayed_step(0.066, sends, 8) == pytest.approx(0.086, rel=0.05)
     for hosts in (2, 4):  # gloo's ring takes 4 (W - 1) one-way delays
-        assert delayed_step(0, ring(hosts, 0.02, 0, 0), 0) == pytest.approx(4 * (hosts - 1) * 0.02)
+        assert delayed_step(0, ring(hosts, 0, 0.02, 0, 0), 0) == pytest.approx(4 * (hosts - 1) * 0.02)
+    # 20 MiB are ten segments per rank, two of which are in flight.
+    assert delayed_step(0, ring(2, 20 * 2**20, 0.02, 0.1, 0), 0) == pytest.approx(2 * 5 * 2 * 0.02 + 0.1)
 
 
 def test_the_table_compares_the_model_with_what_was_measured():

@@ -52,9 +52,9 @@ def delayed_step(compute: float, sends: list[Send], delay: int, steps: int = 200
 def ring(hosts: int, size: int, latency: float, wire: float, overhead: float) -> list[Send]:
     """gloo's ring all-reduce of `size` bytes over one rank per host, one-way `latency` apart.
 
-    2 (W - 1) times, a rank passes 1 / W of the message to its neighbour, in segments, two at a time. First the neighbour
-    says in an empty packet that it is ready. `wire`: seconds for which the message as a whole would occupy a wire;
-    `overhead`: an all-reduce's CPU time.
+    2 (W - 1) times, a rank passes 1 / W of the message to its neighbour, in segments, two at a time; each time the
+    neighbour first says in an empty packet that it is ready. `wire`: seconds for which the message as a whole would
+    occupy a wire; `overhead`: an all-reduce's CPU time.
     """
     rounds = 2 * (hosts - 1) * max(1, math.ceil(size / hosts / (2 * SEGMENT)))
     occupied = 2 * (hosts - 1) * wire / hosts

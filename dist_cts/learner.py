@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from dist_cts.config import Config
 from dist_cts.flat import FlatParams, Parts
 from dist_cts.losses import CROSS_ENTROPY, Loss
-from dist_cts.optimizer import InnerConfig, make_optimizer
+from dist_cts.optimizer import InnerConfig, make_optimizer, update
 
 Batch = tuple[Any, Tensor]  # inputs: a tensor, or a tuple or dict of tensors, the model's argument; and targets
 # Sees a learner between gradient and update, when theta_(k-1), its `loss` and its `flat.grad` belong together.
@@ -149,7 +149,7 @@ class TaskLearner:
         inputs, targets = batch
         step = self.batch_step if batch is self.batch else self.step  # a repeated forward pass repeats its masks
         with self.masks(step, len(targets)):
-            outputs = self._forward(inputs)
+            outputs = self.forward(inputs)
         loss, metric = self.criterion.function(outputs, targets), self.criterion.metric
         if loss.ndim:
             raise ValueError(
@@ -159,6 +159,12 @@ class TaskLearner:
             return loss, torch.zeros_like(self._one)
         with torch.no_grad():
             return loss, torch.as_tensor(metric.function(outputs, targets), device=loss.device)
+
+    def forward(self, inputs: Any, model: Callable[[Any], Any] | None = None) -> Any:
+        """The outputs of `model`, by default the learner's; the loss is never computed in half precision."""
+        with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
+            outputs = (model or self.model)(inputs)
+        return tree_map(lambda x: x.float() if x.dtype == self.autocast else x, outputs) if self.autocast else outputs
 
     def compute_gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`flat.grad` <- grad L(theta) on a batch; returns loss and metric of this rank's share."""
@@ -189,7 +195,7 @@ class TaskLearner:
         total, count = torch.zeros(2, device=self.theta.device), 0
         self.model.eval()
         for inputs, targets in batches:
-            outputs = self._forward(inputs)
+            outputs = self.forward(inputs)
             values = [self.criterion.function(outputs, targets), torch.zeros_like(self._one)]
             if metric is not None and metric.pooled:
                 pool.append((outputs.cpu(), targets.cpu()))
@@ -249,26 +255,14 @@ class TaskLearner:
             elif kind == "memory":
                 self.memory[name] = value.to(device, copy=True)
 
-    def _forward(self, inputs: Any) -> Tensor:
-        """The model's outputs; the loss is never computed in half precision."""
-        with torch.autocast(self.theta.device.type, self.autocast, enabled=self.autocast is not None):
-            outputs = self.model(inputs)
-        return tree_map(lambda x: x.float() if x.dtype == self.autocast else x, outputs) if self.autocast else outputs
-
     def _descend(self, batch: Batch, observe: Observe | None = None) -> Tensor:
         self.batch, self.batch_step = batch, self.step
         self.loss, metric = self.compute_gradient(batch)
         if observe is not None:
             observe(self)
-        if self.inner.clip:
-            # As clip_grad_norm_; the host reads no value.
-            self.flat.grad.mul_((self.inner.clip / (self.flat.grad.norm() + 1e-6)).clamp(max=1))
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.inner.lr * self.schedule(self.step)
-        kept = self.theta.clone() if self.inner.freeze_body else None
-        self.optimizer.step()
-        if kept is not None:
-            self.theta.copy_(kept)
+        update(self.optimizer, self.parameter, self.inner, self.theta)
         self.step += 1
         return metric
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from dist_cts.config import Config
 from dist_cts.schedules import DECAY_HELP, Decay, decay
@@ -51,6 +51,18 @@ def make_optimizer(parameters: list[nn.Parameter], config: InnerConfig) -> torch
         nesterov=nesterov,
         fused=True,
     )
+
+
+def update(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, config: InnerConfig, body: Tensor) -> None:
+    """An inner step from `parameter.grad` [..., N + H]: clipping, optimizer, and the frozen body [..., N] put back."""
+    if config.clip:
+        # As clip_grad_norm_, per row; the host reads no value.
+        norms = parameter.grad.norm(dim=-1, keepdim=True)
+        parameter.grad.mul_((config.clip / (norms + 1e-6)).clamp(max=1))
+    kept = body.clone() if config.freeze_body else None
+    optimizer.step()
+    if kept is not None:
+        body.copy_(kept)
 
 
 def inner_schedule(config: InnerConfig, K: int) -> Callable[[int], float] | None:

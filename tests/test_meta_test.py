@@ -75,7 +75,7 @@ def test_every_step_is_taken_at_the_rate_of_its_schedule(monkeypatch, tasks, sch
     monkeypatch.setattr(
         TaskLearner, "inner_step", lambda self: (rates.append(self.optimizer.param_groups[0]["lr"]), inner_step(self))
     )
-    curve = adapt(config, Job("a", "random", None, seed=0), torch.device("cpu"))
+    (curve,) = adapt(config, [Job("a", "random", None, seed=0)], torch.device("cpu"))
     assert [point["step"] for point in curve] == [10, 20]
     assert rates == pytest.approx([0.1 * share(step) for step in range(20)])
 
@@ -93,7 +93,7 @@ def test_images_and_weights_have_the_configured_memory_format(monkeypatch, tasks
         seen.extend([learner.batch[0], learner.model.conv2.weight])
 
     monkeypatch.setattr(TaskLearner, "inner_step", watched)
-    adapt(config, Job("a", "random", None, seed=0), torch.device("cpu"))
+    adapt(config, [Job("a", "random", None, seed=0)], torch.device("cpu"))
     assert [t.is_contiguous(memory_format=torch.channels_last) for t in seen] == [channels_last] * 2
 
 
@@ -145,7 +145,7 @@ def features_of(config, job, tasks):
 
 def test_nearest_neighbors_vote(tasks):
     config, job = PROBED.model_copy(update={"protocol": "knn", "data": DataConfig(root=tasks)}), Job("a", "r", None, 1)
-    (point,) = adapt(config, job, torch.device("cpu"))
+    ((point,),) = adapt(config, [job], torch.device("cpu"))
     (known, labels), (inputs, targets) = features_of(config, job, tasks)
     correct = 0
     for x, target in zip(inputs, targets, strict=True):
@@ -159,7 +159,7 @@ def test_nearest_neighbors_vote(tasks):
 def test_a_linear_probe_trains_the_head_alone(tasks):
     config = PROBED.model_copy(update={"protocol": "linear-probe", "data": DataConfig(root=tasks)})
     job = Job("a", "r", None, 1)
-    curve = adapt(config, job, torch.device("cpu"))
+    (curve,) = adapt(config, [job], torch.device("cpu"))
     assert [point["step"] for point in curve] == [15, 30]
     (known, labels), (inputs, targets) = features_of(config, job, tasks)
     head, key = models.build(config.model, 3, hashed_seed(1, "meta-test"), "a")[0].fc, hashed_seed(1, "meta-test")

@@ -77,6 +77,7 @@ class TaskBatches:
     Args:
         indices: int64, the samples to use; None for all.
         few_shot: draws other samples for every episode of `inner_steps` steps, labeled 0 .. ways - 1.
+        chunk_steps: steps that are planned at once.
 
     Raises:
         ValueError: the batch size is not divisible by the number of data ranks.
@@ -95,6 +96,7 @@ class TaskBatches:
         indices: np.ndarray | None = None,
         few_shot: FewShotConfig | None = None,
         inner_steps: int = FOREVER,
+        chunk_steps: int = CHUNK_STEPS,
     ) -> None:
         manifest = source.manifest
         if batch_size % data_ranks:
@@ -112,7 +114,7 @@ class TaskBatches:
         if few_shot is not None:
             samples = replace(self.plan, count=few_shot.ways * few_shot.shots)
             self.plan, self.classes = FewShotPlan(samples, source.labels, few_shot, inner_steps), few_shot.ways
-        self._indices = indices
+        self._indices, self._chunk_steps = indices, chunk_steps
         self._size = batch_size // data_ranks
         self._mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
         if self._mixes and self._size % 2:
@@ -171,14 +173,14 @@ class TaskBatches:
         The prefetcher's thread and `next` both read it; each chunk is computed once.
         """
         while True:
-            number, offset = divmod(start, CHUNK_STEPS)
+            number, offset = divmod(start, self._chunk_steps)
             with self._lock:
                 chunk = self._chunk(number)
             yield PlanChunk(*(array[offset:] for array in chunk))
-            start += CHUNK_STEPS - offset
+            start += self._chunk_steps - offset
 
     def _expand(self, number: int) -> PlanChunk:
-        chunk = self.plan.chunk(number * CHUNK_STEPS, CHUNK_STEPS)
+        chunk = self.plan.chunk(number * self._chunk_steps, self._chunk_steps)
         chunk = PlanChunk(*(array[:, self._slice] for array in chunk))
         return chunk if self._indices is None else chunk._replace(index=self._indices[chunk.index])
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dist_cts import models
 from dist_cts.atomic import remove_leftovers, replace_file
 from dist_cts.checkpoint.phi import Source, load_phi, named_starts, phi_metadata, run_dir_of
+from dist_cts.data.batches import CHUNK_STEPS
 from dist_cts.data.datasets import DATASETS, DatasetSplit
 from dist_cts.data.few_shot import FewShotSplit, draw_queries
 from dist_cts.data.subset import balanced_subset
@@ -38,6 +39,7 @@ from dist_cts.run.memory import check_batches, check_dataset
 from dist_cts.run.meta_test_config import MetaTestConfig as MetaTestConfig
 from dist_cts.run.probes import Features, calibrate, head_of, linear_probe, nearest_neighbors
 from dist_cts.run.report import write_report
+from dist_cts.run.together import Together
 from dist_cts.seeds import hashed_seed
 
 # Keys left out of a result's identity at their defaults: results from before they existed are found.
@@ -106,11 +108,11 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
     starts = ({"random": None} if config.random else {}) | dict(phis)
     if not starts:
         raise ValueError("nothing to test: pass --phi or set random=true")
-    jobs = [
-        Job(target, start, phi, seed)
+    blocks = [
+        [Job(target, start, phi, seed) for seed in range(config.seeds)[first : first + config.together]]
         for target in config.targets
         for start, phi in starts.items()
-        for seed in range(config.seeds)
+        for first in range(0, config.seeds, config.together)
     ]
     with process_group(device, 3600):
         rank, world_size, results = dist.get_rank(), dist.get_world_size(), []
@@ -132,17 +134,22 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
                 learner = open_learner(config, target, train, 0, device)
                 if config.protocol != "fine-tune":
                     head_of(learner)
+                if config.together > 1:
+                    Together([learner]).inner_step()  # raises before the first job
                 for start, named in loaded.items():
                     start_from(learner, named, _described(start, phis[start]))
                 learner.batches.close()
-            mine = jobs[rank::world_size]
-            for job in tqdm(mine, desc="meta-test", unit="job", disable=rank > 0 or not sys.stderr.isatty()):
-                results.append(run_once(config, job, device, opened))
-                last = results[-1]["curve"][-1][metric.name]
-                if not config.few_shot.ways:  # else hundreds of lines
-                    tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {metric.show(last)}", file=sys.stderr)
+            unit = "job" if config.together == 1 else f"{config.together} jobs"
+            quiet = rank > 0 or not sys.stderr.isatty()
+            for block in tqdm(blocks[rank::world_size], desc="meta-test", unit=unit, disable=quiet):
+                results.append(run_block(config, block, device, opened))
+                for job, result in zip(block, results[-1], strict=True):
+                    if not config.few_shot.ways:  # else hundreds of lines
+                        last = metric.show(result["curve"][-1][metric.name])
+                        tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {last}", file=sys.stderr)
         by_rank = gather(results)
-    return [by_rank[index % world_size][index // world_size] for index in range(len(jobs))]
+    in_order = (by_rank[index % world_size][index // world_size] for index in range(len(blocks)))
+    return [result for block in in_order for result in block]
 
 
 def _claim(out: Path) -> IO[str]:
@@ -153,64 +160,90 @@ def _claim(out: Path) -> IO[str]:
     return lock
 
 
-def run_once(
-    config: MetaTestConfig, job: Job, device: torch.device, opened: Callable[[str, str], Split] | None = None
-) -> dict:
-    """A job's result; read from its file if the job has already run on the same data."""
-    path = None if config.out is None else _result_path(config, job)
-    data = contents(job.target, config.data)
-    if path is not None and path.exists():
-        result = json.loads(path.read_text())
-        if result.get("data", data) == data:
-            return result
-    curve = adapt(config, job, device, opened)
-    result = {"target": job.target, "start": job.start, "seed": job.seed, "data": data, "curve": curve}
-    if path is not None:
-        replace_file(path, json.dumps(result).encode())
-    return result
+def run_block(
+    config: MetaTestConfig, jobs: Sequence[Job], device: torch.device, opened: Callable[[str, str], Split] | None = None
+) -> list[dict]:
+    """The results of jobs that differ in their seed, each read from its file if it has run on the same data."""
+    data, paths, results = contents(jobs[0].target, config.data), {}, {}
+    for job in jobs:
+        path = paths[job.seed] = None if config.out is None else _result_path(config, job)
+        if path is not None and path.exists():
+            result = json.loads(path.read_text())
+            if result.get("data", data) == data:
+                results[job.seed] = result
+    missing = [job for job in jobs if job.seed not in results]
+    for job, curve in zip(missing, adapt(config, missing, device, opened) if missing else (), strict=True):
+        result = {"target": job.target, "start": job.start, "seed": job.seed, "data": data, "curve": curve}
+        if paths[job.seed] is not None:
+            replace_file(paths[job.seed], json.dumps(result).encode())
+        results[job.seed] = result
+    return [results[job.seed] for job in jobs]
 
 
 def adapt(
-    config: MetaTestConfig, job: Job, device: torch.device, opened: Callable[[str, str], Split] | None = None
-) -> list[dict[str, float]]:
-    """Adapts one initialization to one target; returns test loss and metric at `eval_points` steps.
+    config: MetaTestConfig, jobs: Sequence[Job], device: torch.device, opened: Callable[[str, str], Split] | None = None
+) -> list[list[dict[str, float]]]:
+    """Adapts one initialization to one target, with several seeds together; returns a curve per job.
 
-    Head and running statistics are new. Head, data order and subset depend only on (seed, target), so they are the same
-    for all initializations. `opened` opens the target's splits; jobs may share them.
+    A curve has test loss and metric at `eval_points` steps. Head and running statistics are new. Head, data order and
+    subset depend only on (seed, target), so they are the same for all initializations. `opened` opens the target's
+    splits; jobs may share them.
     """
     opened = opened or partial(open_split, config=config.data, device=device)
-    train, test = opened(job.target, "train"), opened(job.target, "test")
-    learner = open_learner(config, job.target, train, job.seed, device)
-    if job.phi is not None:
-        start_from(learner, load_phi(job.phi, config.model), _described(job.start, job.phi))
-    if config.few_shot.ways:
-        key = hashed_seed(job.seed, "meta-test")
-        chosen, images = learner.batches.plan.task_at(0)
-        queries = draw_queries(test.labels, chosen, config.few_shot.queries, key)
-        train, test = FewShotSplit(train, chosen, images), FewShotSplit(test, chosen, queries)
-    evaluated: Split | Features | FewShotSplit = test
-    if config.protocol != "fine-tune":
-        key, head = hashed_seed(job.seed, "meta-test"), head_of(learner)
-        indices = _training_images(config, train, key)
-        indices = np.arange(len(train.labels)) if indices is None else indices
-        calibrate(learner, len(indices), config.batch_size)
-        features = Features(learner, head, train.test_batches(config.batch_size, indices))
-        evaluated = Features(learner, head, test.test_batches(config.batch_size))
-        learner.batches.close()
-        if config.protocol == "knn":
-            classes = outputs(train, job.target)
-            return [{"step": 0, **nearest_neighbors(features, evaluated, classes, learner.criterion)}]
-        learner = linear_probe(learner, head, features, key, config.batch_size)
-    schedule = make_schedule(learner.optimizer, config.schedule, config.steps, config.schedule_factor)
+    target, start, phi = jobs[0].target, jobs[0].start, jobs[0].phi
+    named = None if phi is None else load_phi(phi, config.model)
+    learners, tests = [], []
+    for job in jobs:
+        train, test = opened(target, "train"), opened(target, "test")
+        learner, key = open_learner(config, target, train, job.seed, device), hashed_seed(job.seed, "meta-test")
+        if named is not None:
+            start_from(learner, named, _described(start, phi))
+        if config.few_shot.ways:
+            chosen, images = learner.batches.plan.task_at(0)
+            queries = draw_queries(test.labels, chosen, config.few_shot.queries, key)
+            train, test = FewShotSplit(train, chosen, images), FewShotSplit(test, chosen, queries)
+        if config.protocol != "fine-tune":
+            return [_probe(config, learner, train, test, key)]
+        learners.append(learner)
+        tests.append(test)
+    return _descend(config, learners, tests)
+
+
+def _descend(
+    config: MetaTestConfig, learners: Sequence[TaskLearner], tests: Sequence[Split | Features | FewShotSplit]
+) -> list[list[dict[str, float]]]:
+    """All inner steps; a curve per learner."""
+    together = Together(learners) if len(learners) > 1 else learners[0]
+    schedule = make_schedule(together.optimizer, config.schedule, config.steps, config.schedule_factor)
     points = {round(config.steps * (i + 1) / config.eval_points) for i in range(config.eval_points)}
-    curve = []
+    curves: list[list[dict[str, float]]] = [[] for _ in learners]
     for step in range(1, config.steps + 1):
-        learner.inner_step()
+        together.inner_step()
         schedule.step()
         if step in points:
-            curve.append({"step": step, **learner.evaluate(evaluated.test_batches(config.batch_size))})
+            if isinstance(together, Together):
+                together.write_back()
+            for curve, learner, test in zip(curves, learners, tests, strict=True):
+                curve.append({"step": step, **learner.evaluate(test.test_batches(config.batch_size))})
+    for learner in learners:
+        learner.batches.close()
+    return curves
+
+
+def _probe(
+    config: MetaTestConfig, learner: TaskLearner, train: Split | FewShotSplit, test: Split | FewShotSplit, key: int
+) -> list[dict[str, float]]:
+    """The curve of linear-probe or knn on the learner's features."""
+    head, indices = head_of(learner), _training_images(config, train, key)
+    indices = np.arange(len(train.labels)) if indices is None else indices
+    calibrate(learner, len(indices), config.batch_size)
+    features = Features(learner, head, train.test_batches(config.batch_size, indices))
+    evaluated = Features(learner, head, test.test_batches(config.batch_size))
     learner.batches.close()
-    return curve
+    if config.protocol == "knn":
+        classes = outputs(train, learner.name)
+        return [{"step": 0, **nearest_neighbors(features, evaluated, classes, learner.criterion)}]
+    return _descend(config, [linear_probe(learner, head, features, key, config.batch_size)], [evaluated])[0]
 
 
 def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, device: torch.device) -> TaskLearner:
@@ -223,7 +256,8 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
     channels_last, few_shot = config.channels_last, config.few_shot
     if few_shot.ways:
         classes = few_shot.ways
-        batches = train.batches(key, config.batch_size, channels_last=channels_last, few_shot=few_shot)
+        planned = {"few_shot": few_shot, "chunk_steps": min(config.steps, CHUNK_STEPS)}
+        batches = train.batches(key, config.batch_size, channels_last=channels_last, **planned)
     else:
         classes, indices = outputs(train, target), _training_images(config, train, key)
         batches = train.batches(key, config.batch_size, channels_last=channels_last, indices=indices)
@@ -278,8 +312,9 @@ def _described(start: str, phi: Source) -> str:
 
 
 def _result_path(config: MetaTestConfig, job: Job) -> Path:
-    # Results are reused only for the same settings, dataset and bit-identical phi.
-    settings = config.model_dump(mode="json", exclude={"targets", "random", "seeds", "out", "device", "deterministic"})
+    # Results are reused only for the same settings, dataset and bit-identical phi; but not all for the same rounding.
+    left_out = {"targets", "random", "seeds", "out", "device", "deterministic", "together"}
+    settings = config.model_dump(mode="json", exclude=left_out)
     defaults = MetaTestConfig(targets=["any"]).model_dump(mode="json")
     for key in ADDED:
         ours, theirs, (*sections, name) = settings, defaults, key.split(".")

@@ -44,6 +44,9 @@ class MetaTestConfig(Config):
     )
     random: bool = Field(True, description="also test a random initialization")
     seeds: int = Field(5, gt=0, description="number of seeds per initialization and target")
+    together: int = Field(
+        1, gt=0, description="adaptations that take their steps together, vectorized: faster for few-shot tasks"
+    )
     protocol: Protocol = Field(
         "fine-tune",
         description="fine-tune: body and head; linear-probe: a head on frozen features; knn: nearest neighbors of them",
@@ -71,6 +74,12 @@ class MetaTestConfig(Config):
     def _one_subset(self) -> "MetaTestConfig":
         if self.few_shot.ways and self.train_limit:
             raise ValueError("few_shot draws its own training images: leave out train_limit")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_to_take_together(self) -> "MetaTestConfig":
+        if self.together > 1 and self.protocol != "fine-tune":
+            raise ValueError(f"together={self.together} with protocol={self.protocol}: only fine-tune adapts the model")
         return self
 
     @model_validator(mode="after")

@@ -86,7 +86,7 @@ def test_a_meta_test_trains_on_the_shots_and_scores_the_queries(tasks, monkeypat
     monkeypatch.setattr(
         TaskLearner, "evaluate", lambda self, batches: evaluate(self, (evaluated.append(b) or b for b in batches))
     )
-    accuracies = [adapt(config, Job("d", "random", None, seed), CPU)[-1]["accuracy"] for seed in range(20)]
+    accuracies = [adapt(config, [Job("d", "random", None, seed)], CPU)[0][-1]["accuracy"] for seed in range(20)]
     assert all((15 * value) == pytest.approx(round(15 * value), abs=1e-4) for value in accuracies)
     assert np.mean(accuracies) > 0.5  # a class is a color
     labels = torch.cat([labels for _, labels in evaluated])

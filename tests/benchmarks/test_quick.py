@@ -112,7 +112,20 @@ def pools(results):
     assert all(case["peak_mib"] > 10 and case["seconds_per_step"] > 0 for case in results["cases"])
 
 
+def augmentation(results):
+    assert {"none", "resized crop", "color jitter", "erasing", "mixup", "cutmix", "all"} == set(results["settings"])
+    assert set(results["seconds_per_step"]) == set(results["settings"])
+    assert all(value > 0 for values in results["seconds_per_step"].values() for value in values)
+
+
+def together(results):
+    (seconds,) = results["seconds_per_task"].values()
+    assert set(seconds) == {"alone", "together"}
+    assert all(value > 0 for values in seconds.values() for value in values)
+
+
 BENCHMARKS = {
+    "augmentation": (augmentation, ()),
     "characters": (characters, ()),
     "soak": (soak, ()),
     "endurance": (endurance, ()),
@@ -125,6 +138,7 @@ BENCHMARKS = {
     "start_up": (start_up, ()),
     "step_trace": (step_trace, ()),
     "time_to_quality": (time_to_quality, ()),
+    "together": (together, ()),
 }
 SLOW = ("characters", "endurance", "pools", "soak", "start_up", "time_to_quality")  # they start the commands of launch/
 
@@ -167,7 +181,7 @@ def test_few_shot_tasks_of_characters(tmp_path):
     )
     results = results_in(tmp_path, "omniglot")
     assert results["characters"] == {"training": 45, "validation": 10, "new": 5}
-    assert results["beta"] == {"reptile": 1.0, "fomaml": 0.3}
+    assert results["setting"] == {"reptile": "1", "fomaml": "0.3"}
     assert set(results["accuracy"]) == {"random", "reptile", "fomaml"}
     for row in results["accuracy"].values():
         assert all(0 <= cell["mean"] <= 100 for cell in (row["1-shot"], row["5-shot"]))

@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--data: no such set: {', '.join(unknown)}; sets: {', '.join(SETS)}")
     for file, model in zip(FILES, (TrainConfig, MetaTestConfig), strict=True):
         config = load(model, file)
-        draw_missing(file, Path(data["demo"]), config.task_names if model is TrainConfig else config.targets)
+        draw_missing(file, Path(data["demo"]), config.task_names if model is TrainConfig else config.target_names)
     args.work.mkdir(parents=True, exist_ok=True)
     surface = args.work / "synthetic.json"
     grid = json.loads(surface.read_text()) if surface.exists() else synthetic_grid((0,) if args.quick else GRID_DELAYS)

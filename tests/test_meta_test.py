@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dist_cts.data.plan import SamplePlan
 from dist_cts.data.source import ResidentSource
 from dist_cts.data.tasks import open_split
 from dist_cts.learner import TaskLearner
+from dist_cts.losses import LOSSES, RMSE, Loss
 from dist_cts.run import meta_test as meta_test_module
 from dist_cts.run.meta_test import Job, MetaTestConfig, adapt, balanced_subset
 from dist_cts.run.report import draw_bars, interval, markdown, write_report
@@ -103,7 +105,7 @@ def test_last_and_best_are_reported_and_whiskers_stay_within_percentages(tmp_pat
         {"target": "x", "start": "random", "seed": seed, "curve": [{"accuracy": best}, {"accuracy": last}]}
         for seed, best, last in ((0, 0.5, 0.01), (1, 0.7, 0.21))
     ]
-    write_report(tmp_path, config.model_dump(mode="json"), {}, results)
+    write_report(tmp_path, config.model_dump(mode="json"), {}, results, config.metrics())
     last, best = (tmp_path / "meta_test.md").read_text().split("The best of the 2 evaluations")
     assert "| random | **11.00 ± 127.06** | **11.00** |" in last
     assert "| random | **60.00 ± 127.06** | **60.00** |" in best
@@ -205,3 +207,32 @@ def test_every_split_is_verified_and_loaded_once_for_all_jobs_of_a_target(tasks,
     assert len(meta_test_module.run_jobs(config, {})) == 6
     expected = sorted(tasks / task / f"{split}.beton" for task in "ab" for split in ("train", "test"))
     assert sorted(loaded) == sorted(verified) == expected
+
+
+def one_hot(logits, labels):
+    return nn.functional.mse_loss(logits, nn.functional.one_hot(labels, logits.shape[1]).float())
+
+
+def test_a_target_has_its_own_loss_and_metric(tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(LOSSES, "one_hot", Loss(one_hot, replace(RMSE, function=one_hot)))
+    values = {
+        "steps": 2, "eval_points": 2, "seeds": 2, "batch_size": 8, "model": {"name": "tiny"}, "device": "cpu",
+        "data": {"root": tasks},
+    }  # fmt: skip
+    smooth = {"name": "cross_entropy", "label_smoothing": 0.5}
+    targets = ["a", {"name": "b", "loss": smooth}, {"name": "c", "loss": "one_hot"}]
+    mixed = MetaTestConfig(targets=targets, out=tmp_path, **values)
+    assert mixed.model_dump(mode="json")["targets"][:2] == ["a", targets[1]]
+    assert MetaTestConfig.model_validate(mixed.model_dump(mode="json")) == mixed
+    results = meta_test_module.run_jobs(mixed, {})
+    for target, loss in (("a", "cross_entropy"), ("b", smooth), ("c", "one_hot")):
+        alone = meta_test_module.run_jobs(MetaTestConfig(targets=[target], loss=loss, out=tmp_path, **values), {})
+        assert [result for result in results if result["target"] == target] == alone
+    assert len([*(tmp_path / "jobs").iterdir()]) == 6  # those alone were found
+    assert meta_test_module.meta_test(mixed) == 0
+    shown = capsys.readouterr().out
+    assert "Test accuracy in % after 2 steps" in shown
+    assert "| initialization | a | b | average |" in shown
+    assert "Test rmse after 2 steps" in shown
+    assert "| initialization | c | average |" in shown
+    assert {*json.loads((tmp_path / "meta_test.json").read_text())["summary"]["random"]} == {"a", "b", "c"}

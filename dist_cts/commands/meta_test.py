@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         import_modules(args.imports)
         settings = config.load(MetaTestConfig, file, args.overrides)
-        draw_missing(file, settings.data.root, settings.targets)
+        draw_missing(file, settings.data.root, settings.target_names)
         with config.blamed(file, args.overrides):
             return meta_test(settings, args.phi, name=file.stem)
 

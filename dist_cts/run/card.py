@@ -21,10 +21,8 @@ def write_card(run: Path) -> None:
     config = read_yaml(run / "config.yaml")
     sections = [_summary(run.resolve().name, config), _figures(run)]
     if (run / TABLE).is_file():
-        metric_table = (run / TABLE).read_text().partition("\n\n")[0]
-        sections.append(
-            f"## Meta-test\n\nMean ± 95 % interval after adaptation to tasks not seen before.\n\n{metric_table}"
-        )
+        tables = (run / TABLE).read_text().partition("\nThe best of")[0].rstrip()
+        sections.append(f"## Meta-test\n\nMean ± 95 % interval after adaptation to tasks not seen before.\n\n{tables}")
     sections.append(_loading(config["model"]))
     replace_file(run / "README.md", ("\n\n".join(sections) + "\n").encode())
 

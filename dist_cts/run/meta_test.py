@@ -87,8 +87,7 @@ def meta_test(config: MetaTestConfig, phis: Mapping[str, str] | Iterable[str] = 
     results = run_jobs(config, phis)
     if int(os.environ.get("RANK", 0)) == 0:
         origins = {start: {"phi": phi, **phi_metadata(phi)} for start, phi in phis.items()}
-        metric = make_loss(config.loss).reported
-        write_report(config.out, config.model_dump(mode="json"), origins, results, metric)
+        write_report(config.out, config.model_dump(mode="json"), origins, results, config.metrics())
         if (config.out / "../config.yaml").is_file():  # in a run folder, by default
             write_card(config.out.parent)
     return DONE
@@ -102,15 +101,14 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
     Raises:
         ValueError, FileNotFoundError: a phi or a target is missing or does not fit the model.
     """
-    metric = make_loss(config.loss).reported
-    device = select_device(config.device)
+    metrics, device = config.metrics(), select_device(config.device)
     set_numerics(device, config.precision, config.deterministic)
     starts = ({"random": None} if config.random else {}) | dict(phis)
     if not starts:
         raise ValueError("nothing to test: pass --phi or set random=true")
     blocks = [
         [Job(target, start, phi, seed) for seed in range(config.seeds)[first : first + config.together]]
-        for target in config.targets
+        for target in config.target_names
         for start, phi in starts.items()
         for first in range(0, config.seeds, config.together)
     ]
@@ -123,7 +121,7 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
             verified = config.data.model_copy(update={"verify": False})  # once is enough
             opened = lru_cache(maxsize=2)(partial(open_split, config=verified, device=device))  # of the current target
             without_images = config.data.model_copy(update={"cache": "stream"})  # its jobs load them, once
-            for target in config.targets:
+            for target in config.target_names:
                 sizes, bf16 = {target: config.batch_size}, config.precision == "bf16"
                 for warning in check_batches(sizes, config.model, config.data, device, bf16=bf16):
                     log_rank0(warning)
@@ -145,8 +143,9 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
                 results.append(run_block(config, block, device, opened))
                 for job, result in zip(block, results[-1], strict=True):
                     if not config.few_shot.ways:  # else hundreds of lines
-                        last = metric.show(result["curve"][-1][metric.name])
-                        tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {last}", file=sys.stderr)
+                        metric, last = metrics[job.target], result["curve"][-1]
+                        shown = metric.show(last[metric.name])
+                        tqdm.write(f"{job.target}, {job.start}, seed {job.seed}: {shown}", file=sys.stderr)
         by_rank = gather(results)
     in_order = (by_rank[index % world_size][index // world_size] for index in range(len(blocks)))
     return [result for block in in_order for result in block]
@@ -264,7 +263,7 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
     model, parts = models.build(config.model, classes, key, target)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    loss = make_loss(config.loss)
+    loss = make_loss(config.loss_of(target))
     learner = TaskLearner(target, model, parts, batches, config.inner, criterion=loss, autocast=autocast)
     example, bf16 = train.example, config.precision == "bf16"
     if models.check_model(config.model, model, example, classes, target):
@@ -315,6 +314,7 @@ def _result_path(config: MetaTestConfig, job: Job) -> Path:
     # Results are reused only for the same settings, dataset and bit-identical phi; but not all for the same rounding.
     left_out = {"targets", "random", "seeds", "out", "device", "deterministic", "together"}
     settings = config.model_dump(mode="json", exclude=left_out)
+    settings["loss"] = config.loss_of(job.target).model_dump(mode="json")
     defaults = MetaTestConfig(targets=["any"]).model_dump(mode="json")
     for key in ADDED:
         ours, theirs, (*sections, name) = settings, defaults, key.split(".")

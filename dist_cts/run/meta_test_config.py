@@ -1,10 +1,11 @@
 """The configuration of a meta-test."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from dist_cts.config import Config
 from dist_cts.data.batches import DataConfig
@@ -12,7 +13,7 @@ from dist_cts.data.few_shot import FewShotConfig
 from dist_cts.data.manifest import TASK_NAME
 from dist_cts.distributed.numerics import DETERMINISTIC_HELP, PRECISION_HELP, Precision
 from dist_cts.learner import InnerConfig
-from dist_cts.losses import LossConfig, LossField
+from dist_cts.losses import LossConfig, LossField, Metric, make_loss
 from dist_cts.models import ModelConfig
 from dist_cts.run.config import SYNONYMS
 from dist_cts.run.probes import Protocol
@@ -22,6 +23,22 @@ class FewShotTest(FewShotConfig):
     """Few-shot tasks of a target: training images of its train split, queries of the same classes of its test split."""
 
     queries: int = Field(15, gt=0, description="test images per class, at most")
+
+
+class TargetConfig(Config):
+    """One target: the name of its prepared folder or dataset, and its own loss."""
+
+    name: str = Field(pattern=TASK_NAME)
+    loss: LossField | None = Field(None, description="this target's own loss")
+
+    @model_serializer(mode="wrap")
+    def _name_alone(self, dump: Any) -> Any:
+        return dump(self) if self.loss else self.name
+
+
+Target = Annotated[
+    TargetConfig, BeforeValidator(lambda value: value if isinstance(value, Mapping | TargetConfig) else {"name": value})
+]
 
 
 class MetaTestConfig(Config):
@@ -39,8 +56,8 @@ class MetaTestConfig(Config):
         "tasks": "it belongs to configurations of train; meta-test has 'targets'",
     }
 
-    targets: list[Annotated[str, Field(pattern=TASK_NAME)]] = Field(
-        min_length=1, description="prepared tasks not used in meta-training"
+    targets: list[Target] = Field(
+        min_length=1, description="prepared tasks not used in meta-training: names, or {name, loss}"
     )
     random: bool = Field(True, description="also test a random initialization")
     seeds: int = Field(5, gt=0, description="number of seeds per initialization and target")
@@ -84,8 +101,8 @@ class MetaTestConfig(Config):
 
     @model_validator(mode="after")
     def _targets_are_unique(self) -> "MetaTestConfig":
-        if duplicates := [name for name, count in Counter(self.targets).items() if count > 1]:
-            raise ValueError(f"targets: duplicate name {duplicates[0]!r} in {', '.join(self.targets)}")
+        if duplicates := [name for name, count in Counter(self.target_names).items() if count > 1]:
+            raise ValueError(f"targets: duplicate name {duplicates[0]!r} in {', '.join(self.target_names)}")
         return self
 
     @model_validator(mode="after")
@@ -93,3 +110,21 @@ class MetaTestConfig(Config):
         if self.inner.schedule != "constant" or self.inner.warmup:
             raise ValueError("inner.schedule and inner.warmup belong to meta-training's episodes; set schedule instead")
         return self
+
+    @property
+    def target_names(self) -> list[str]:
+        """In order."""
+        return [target.name for target in self.targets]
+
+    def loss_of(self, name: str) -> LossConfig:
+        """The loss of a target, by default the meta-test's."""
+        return next((target.loss for target in self.targets if target.name == name), None) or self.loss
+
+    def metrics(self) -> dict[str, Metric]:
+        """What each target reports.
+
+        Raises:
+            ValueError: as of `make_loss`.
+        """
+        shared = make_loss(self.loss).reported
+        return {target.name: make_loss(target.loss).reported if target.loss else shared for target in self.targets}

@@ -19,31 +19,42 @@ def write_report(
     config: Mapping[str, Any],
     starts: Mapping[str, Mapping],
     results: Sequence[Mapping[str, Any]],
-    metric: Metric = ACCURACY,
+    metrics: Mapping[str, Metric],
 ) -> None:
-    """Writes meta_test.json, meta_test.md and meta_test.png into `folder` and prints the table.
+    """Writes meta_test.json, meta_test.md and meta_test.png into `folder` and prints the tables.
+
+    Targets with different metrics have tables and plots of their own.
 
     Args:
         config: the resolved configuration.
         starts: source and metadata of each initialization except random, by name.
         results: one per job: target, start, seed and curve.
-        metric: what the curves hold and the tables compare.
+        metrics: what the curves of each target hold and the tables compare.
     """
-    targets, points = config["targets"], config["eval_points"]
-    summary = summarize(results, targets, metric)
-    table = markdown(summary, targets, metric=metric)
+    groups: dict[Metric, list[str]] = {}
+    for target, metric in metrics.items():
+        groups.setdefault(metric, []).append(target)
+    points, steps, seeds = config["eval_points"], config["steps"], config["seeds"]
+    summaries = {metric: summarize(results, targets, metric) for metric, targets in groups.items()}
+    tables = {metric: markdown(summaries[metric], targets, metric=metric) for metric, targets in groups.items()}
+    best = ""
     if points > 1:
-        best_table = markdown(summary, targets, "best", "best_ci95", metric)
-        table += f"\nThe best of the {points} evaluations of each run, selected on the test split:\n\n{best_table}"
+        best = f"\nThe best of the {points} evaluations of each run, selected on the test split:\n\n"
+        best += "\n".join(
+            markdown(summaries[metric], targets, "best", "best_ci95", metric) for metric, targets in groups.items()
+        )
+    summary: dict[str, dict] = {}
+    for start, row in (item for part in summaries.values() for item in part.items()):
+        summary[start] = summary.get(start, {}) | row
     document = {"config": config, "starts": starts, "summary": summary, "results": results}
     (folder / "meta_test.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / "meta_test.md").write_text(table)
-    plot(summary, folder / "meta_test.png", metric)
-    steps, seeds = config["steps"], config["seeds"]
+    (folder / "meta_test.md").write_text("\n".join(tables.values()) + best)
+    plot(summaries, groups, folder / "meta_test.png")
     how = {"linear-probe": f"of a linear probe after {steps} steps", "knn": "of nearest neighbors"}
     how = how.get(config.get("protocol"), f"after {steps} steps")
-    print(f"{_title(metric)} {how}, mean ± 95 % interval over {seeds} seeds:\n\n{table}")
-    print(f"Results: {folder / 'meta_test.json'}, .md and .png")
+    for metric, table in tables.items():
+        print(f"{_title(metric)} {how}, mean ± 95 % interval over {seeds} seeds:\n\n{table}")
+    print(f"{best.lstrip()}\nResults: {folder / 'meta_test.json'}, .md and .png")
 
 
 def summarize(results: Sequence[Mapping[str, Any]], targets: Sequence[str], metric: Metric = ACCURACY) -> Summary:
@@ -110,16 +121,20 @@ def _title(metric: Metric) -> str:
     return f"Test {metric.name}{' in %' if metric.percent else ''}"
 
 
-def plot(summary: Summary, path: Path, metric: Metric = ACCURACY) -> None:
-    """Writes the bar plot of `draw_bars`."""
+def plot(summaries: Mapping[Metric, Summary], groups: Mapping[Metric, Sequence[str]], path: Path) -> None:
+    """Writes the bar plots of `draw_bars`, one per metric and its targets."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    targets = len(next(iter(summary.values())))
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * targets, 3.4), layout="constrained")
-    draw_bars(axes, summary, metric)
+    counts = [len(targets) for targets in groups.values()]
+    size = 2 * len(counts) + 1.6 * sum(counts), 3.4
+    figure, axes = pyplot.subplots(
+        1, len(counts), figsize=size, width_ratios=counts, squeeze=False, layout="constrained"
+    )
+    for each, (metric, summary) in zip(axes[0], summaries.items(), strict=True):
+        draw_bars(each, summary, metric)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -79,7 +79,7 @@ def meta_test_tasks(
     """
     config = MetaTestConfig(targets=_register(tasks), model=_model(model, head), **settings)
     metric, results = make_loss(config.loss).reported, run_jobs(config, starts)
-    return Tested(summarize(results, config.targets, metric), results, metric)
+    return Tested(summarize(results, config.target_names, metric), results, metric)
 
 
 def _register(tasks: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,6 @@ CASES = {
     "conv4 of half width, 1-shot": ("model={name: conv4, width: 0.5}",),
     "conv4 of half width, 5-shot": ("model={name: conv4, width: 0.5}", "few_shot.shots=5"),
     "resnet8, 1-shot": ("model={name: resnet8}",),
-    "resnet8, batch 32 of all classes": ("model={name: resnet8}", "few_shot.ways=0", "batch_size=32"),
 }
 TOGETHER, TASKS, ROUNDS = 20, 20, 5
 

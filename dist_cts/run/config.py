@@ -32,15 +32,15 @@ class TaskConfig(Config):
 
 
 _RANKS = "the number of ranks is torchrun's: torchrun --nproc_per_node=N"
-# What other programs call these keys: see Config.synonyms.
+# What other programs call these keys, see Config.synonyms; a name of a key in one section needs no entry.
 SYNONYMS = {
-    **dict.fromkeys(("lr", "learning_rate", "inner_lr", "alpha", "base_lr"), "inner.lr"),
-    **dict.fromkeys(("optim", "optimizer", "opt"), "inner.optimizer"),
-    **dict.fromkeys(("wd", "weight_decay", "l2"), "inner.weight_decay"),
+    **dict.fromkeys(("learning_rate", "inner_lr", "alpha", "base_lr"), "inner.lr"),
+    **dict.fromkeys(("optim", "opt"), "inner.optimizer"),
+    **dict.fromkeys(("wd", "l2"), "inner.weight_decay"),
     **dict.fromkeys(("bs", "batch", "batchsize", "train_batch_size", "per_device_train_batch_size"), "batch_size"),
     **dict.fromkeys(("arch", "backbone", "network", "net", "architecture", "model_name"), "model.name"),
-    **dict.fromkeys(("data_dir", "data_path", "dataroot", "data_root", "root", "dataset_dir"), "data.root"),
-    **dict.fromkeys(("num_workers", "workers"), "data.workers"),
+    **dict.fromkeys(("data_dir", "data_path", "dataroot", "data_root", "dataset_dir"), "data.root"),
+    "num_workers": "data.workers",
     **dict.fromkeys(("random_seed", "rng_seed"), "seed"),
     **dict.fromkeys(("cuda", "gpu", "accelerator", "use_cuda", "no_cuda"), "device"),
     **dict.fromkeys(("amp", "fp16", "bf16", "dtype", "mixed_precision", "half"), "precision"),

@@ -164,6 +164,10 @@ def reliability():
     yield f"{soak['kills']} kills"
     yield f"median of {typical:.1f} s"
     yield f"{load('endurance')['steps']:,} steps"
+    beside = load("endurance-beside")
+    share = {key: ratio["median"] for key, ratio in beside["beside_fresh"].items()}
+    yield f"{beside['steps']:,} steps old"
+    yield f"{share['CPU time']:.2f} of the CPU time and {share['time']:.2f} of the time per step"
 
 
 PAGES = {

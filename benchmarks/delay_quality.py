@@ -149,7 +149,7 @@ def largest_harmless(grid: dict[str, dict], beta: float) -> int:
 
 
 def plot(rows: list[dict], grid: dict[str, dict], path: Path) -> None:
-    """Loss and accuracy against the delay, and the largest harmless delay against beta."""
+    """Loss and accuracy against the delay, paired by seed, and the largest harmless delay against beta."""
     import matplotlib.pyplot as plt
 
     panels = 4 if rows else 2
@@ -161,18 +161,28 @@ def plot(rows: list[dict], grid: dict[str, dict], path: Path) -> None:
         for beta in BETAS:
             own = [row for row in rows if (row["tasks"], row["beta"], row["crossing"]) == (name, beta, False)]
             for axis, part in ((axes[1], "loss"), (axes[2], "accuracy")):
-                points = [(row["d"], row[part]["mean"], row[part]["half"]) for row in own if row[part]]
+                points = [(row["d"], row[f"{part} - at d = 0"]) for row in own if row[f"{part} - at d = 0"]]
                 if points:
-                    delays, means, halves = zip(*points, strict=True)
-                    axis.errorbar(
-                        delays, means, halves, label=f"{name}, beta {beta:g}", capsize=2, marker="o", markersize=3
-                    )
-    titles = ("synthetic: mean loss after 100 steps", "training loss, last episode", "meta-test accuracy, %")
+                    delays, differences = zip(*points, strict=True)
+                    # Side by side: the intervals would cover each other.
+                    delays = [delay * 1.04 ** len(axis.containers) for delay in delays]
+                    means, halves = zip(*((value["mean"], value["half"]) for value in differences), strict=True)
+                    style = {"capsize": 2, "marker": "o", "markersize": 3, "label": f"{name}, beta {beta:g}"}
+                    axis.errorbar(delays, means, halves, **style)
+                    axis.axhline(0, color="k", linewidth=0.8, linestyle=":")
+    titles = (
+        "synthetic: mean loss after 100 steps",
+        "training loss - that of d = 0",
+        "accuracy - that of d = 0, points",
+    )
     for axis, title in zip(axes[:-1], titles, strict=False):
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xticks(GRID_DELAYS if axis is axes[0] else DELAYS, GRID_DELAYS if axis is axes[0] else DELAYS)
         axis.set(xlabel="delay d, steps", title=title)
+    for axis in axes[:-2]:  # the accuracy's lines are those of the loss
         axis.legend(fontsize=7)
+    for axis in axes[1:-1]:
+        axis.set_xlim(0.8, 25)
     axes[0].set_yscale("log")
     harmless = [max(largest_harmless(grid, beta), 0.5) for beta in GRID_BETAS]  # 0.5: none
     axes[-1].loglog(GRID_BETAS, harmless, "o-", label=f"synthetic: loss <= {HARMLESS} x that of d = 0")

@@ -86,19 +86,18 @@ def test_the_shares_hold_every_task_once_and_each_is_drawn_equally_often():
     assert set(Counter(task for m in range(2) for task in drawn(m)).values()) <= {1, 2}
 
 
-@pytest.mark.parametrize("algorithm", ["cts", pytest.param("reptile", marks=pytest.mark.slow)])
-def test_phi_equals_the_oracle_on_1_2_and_4_ranks(run_ranks, algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "reduction"),
+    [("cts", "ordered"), *(pytest.param(name, "mean", marks=pytest.mark.slow) for name in ("cts", "reptile"))],
+)
+def test_phi_equals_the_oracle_on_1_2_and_4_ranks(run_ranks, algorithm, reduction):
     expected = oracle(algorithm)
-    for world_size in (1, 2, 4):
-        for found in run_ranks(world_size, train, world_size, algorithm, "mean", {}):
-            for name, value in expected.items():
-                torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
-
-
-def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_ranks(run_ranks):
-    first, *others = [found for w in (1, 2, 4) for found in run_ranks(w, train, w, "cts", "ordered", {})]
-    for other in others:
-        assert_equal(other, first)
+    found = [each for w in (1, 2, 4) for each in run_ranks(w, train, w, algorithm, reduction, {})]
+    for each in found:
+        for name, value in expected.items():
+            torch.testing.assert_close(each[name], value, rtol=0, atol=1e-6)
+        if reduction == "ordered":
+            assert_equal(each, found[0])
 
 
 def test_nothing_rests_where_every_episode_resets_everything():

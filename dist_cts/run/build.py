@@ -129,11 +129,7 @@ def _open_learner(config: TrainConfig, index: int, placement: Placement, device:
     classes = config.few_shot.ways if pool else outputs(split, task.name, task.classes)
     learner = build_learner(config, device, task, classes, batches)
     _check(config, learner, split, classes, placement, device)
-    if isinstance(split, DatasetSplit):
-        size, bf16 = config.batch_size_of(task), config.precision == "bf16"
-        check_dataset(
-            task.name, size, split.example, config.model, classes, device, bf16=bf16, sharing=placement.data_ranks
-        )
+    _check_memory(config, task, split, classes, placement, device)
     return learner
 
 
@@ -153,6 +149,7 @@ def _open_pool(config: TrainConfig, index: int, placement: Placement, device: to
                 f"tasks_per_episode: a learner's tasks share one head, but {tasks[0].name} has {first[1]} classes and "
                 f"{task.name} {classes}; leave it out, or choose tasks of equally many classes"
             )
+        _check_memory(config, task, split, classes, placement, device)
 
     def opened(task: TaskConfig) -> Batches:
         return open_split(task.name, "train", verified, device).batches(
@@ -189,4 +186,15 @@ def _check(
             )
         learner.masks = models.SeededMasks(
             device, config.seed, learner.name, data_rank=placement.data_rank, data_ranks=placement.data_ranks
+        )
+
+
+def _check_memory(
+    config: TrainConfig, task: TaskConfig, split: Split, classes: int, placement: Placement, device: torch.device
+) -> None:
+    """As `check_batches` does for prepared tasks."""
+    if isinstance(split, DatasetSplit):
+        size, bf16 = config.batch_size_of(task), config.precision == "bf16"
+        check_dataset(
+            task.name, size, split.example, config.model, classes, device, bf16=bf16, sharing=placement.data_ranks
         )

@@ -30,13 +30,13 @@ def check_batches(
     device: torch.device,
     *,
     bf16: bool = False,
-    sharing: int = 1,
+    sharing: float = 1,
     at_once: int = 0,
 ) -> list[str]:
     """Checks the batch size of every prepared task, by name, before anything of that size is allocated.
 
-    The tasks are spread over the ranks; `sharing` ranks divide each batch. `at_once`: number of tasks whose images
-    are in memory at the same time; 0: all.
+    The tasks are spread over the ranks; `sharing` ranks divide each batch, 1 / S: a step takes S batches. `at_once`:
+    number of tasks whose images are in memory at the same time; 0: all.
 
     Returns:
         Warnings: batches that are larger than their task's training split.
@@ -80,7 +80,7 @@ def check_dataset(
     device: torch.device,
     *,
     bf16: bool = False,
-    sharing: int = 1,
+    sharing: float = 1,
 ) -> None:
     """As `check_batches` for a task that is a dataset, whose first two examples have the given `inputs`.
 

@@ -123,7 +123,8 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
             without_images = config.data.model_copy(update={"cache": "stream"})  # its jobs load them, once
             for target in config.target_names:
                 sizes, bf16 = {target: config.batch_size}, config.precision == "bf16"
-                for warning in check_batches(sizes, config.model, config.data, device, bf16=bf16):
+                at_once = {"bf16": bf16, "sharing": 1 / config.together}
+                for warning in check_batches(sizes, config.model, config.data, device, **at_once):
                     log_rank0(warning)
                 open_split(target, "test", without_images, device)
                 train = open_split(target, "train", without_images, device)
@@ -269,7 +270,8 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
     if models.check_model(config.model, model, example, classes, target):
         learner.masks = models.SeededMasks(device, key, target)
     if isinstance(train, DatasetSplit):
-        check_dataset(target, config.batch_size, example, config.model, classes, device, bf16=bf16)
+        together = {"bf16": bf16, "sharing": 1 / config.together}
+        check_dataset(target, config.batch_size, example, config.model, classes, device, **together)
     return learner
 
 

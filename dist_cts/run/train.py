@@ -97,7 +97,7 @@ def run(config: TrainConfig, fresh: bool = False) -> Trained:
         fresh = fresh and not folder.restarted()
         with raise_on_all_ranks():
             warnings = check_batches(
-                {task.name: config.batch_size_of(task) for task in config.tasks},
+                {task.pool or task.name: config.batch_size_of(task) for task in config.tasks},
                 config.model,
                 config.data,
                 device,

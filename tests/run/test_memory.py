@@ -5,7 +5,9 @@ import torch
 
 from dist_cts.data.batches import DataConfig
 from dist_cts.models import ModelConfig
-from dist_cts.run import memory
+from dist_cts.run import memory, train
+from dist_cts.run.config import TrainConfig
+from dist_cts.run.meta_test import MetaTestConfig, run_jobs
 from dist_cts.run.script import meta_test_tasks, meta_train_tasks
 
 CPU = torch.device("cpu")
@@ -103,12 +105,16 @@ class Wide(torch.nn.Module):
         return self.head(self.body(inputs["numbers"]))
 
 
-def test_a_batch_of_a_dataset_that_cannot_fit_is_refused(monkeypatch):
+@pytest.mark.parametrize("pool", [0, 1])
+def test_a_batch_of_a_dataset_that_cannot_fit_is_refused(monkeypatch, pool):
     """100 samples: 0.4 MB of inputs, and as much for the backward pass."""
+    pool = {"tasks_per_episode": pool}
 
     def train(free, batch_size):
         monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-        return meta_train_tasks({"sequences": Sequences}, Wide, episodes=1, inner_steps=1, batch_size=batch_size)
+        return meta_train_tasks(
+            {"sequences": Sequences}, Wide, episodes=1, inner_steps=1, batch_size=batch_size, **pool
+        )
 
     assert train(9e5, 100).code == 0
     for free in (3e5, 7e5):
@@ -116,3 +122,14 @@ def test_a_batch_of_a_dataset_that_cannot_fit_is_refused(monkeypatch):
             train(free, 100)
     with pytest.raises(ValueError, match=r"^batch_size=100: a step of task sequences needs"):
         meta_test_tasks({"sequences": Sequences}, {}, Wide, batch_size=100, steps=1, seeds=1)
+
+
+def test_a_pool_of_few_shot_tasks_and_adaptations_together_count(check, tasks, tmp_path):
+    few_shot, common = {"ways": 3, "shots": 2}, {"batch_size": 1000, "model": TINY, "device": "cpu"}
+    check(8e6, {"a": 1})  # the free memory that follows
+    config = TrainConfig(tasks=["a"], few_shot=few_shot, reset={"head": True}, data={"root": tasks}, **common)
+    with pytest.raises(ValueError, match=r"^batch_size=1000: a step of task a needs"):
+        train.train(config.model_copy(update={"run_dir": tmp_path}))
+    config = MetaTestConfig(targets=["a"], few_shot=few_shot, steps=1, data={"root": tasks}, **common)
+    with pytest.raises(ValueError, match=r"^batch_size=100: a step of task a needs"):
+        run_jobs(config.model_copy(update={"batch_size": 100, "together": 10}), {})

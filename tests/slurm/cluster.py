@@ -119,7 +119,7 @@ class Cluster:
         path = self.work / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, job: str, happened: Callable[[], object], timeout: float = 500) -> dict[str, str]:
+    def wait(self, job: str, happened: Callable[[], object], timeout: float = 1000) -> dict[str, str]:
         """The job as soon as something has happened; at the latest after its end, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not happened() and self.job(job)["JobState"] not in ENDS:
@@ -127,7 +127,7 @@ class Cluster:
             time.sleep(0.3)
         return self.job(job)
 
-    def finish(self, job: str, timeout: float = 500) -> dict[str, str]:
+    def finish(self, job: str, timeout: float = 1000) -> dict[str, str]:
         """The job after its end."""
         return self.wait(job, lambda: False, timeout)
 

@@ -93,7 +93,7 @@ def test_a_method_of_section_4_3(method, beta):
 )
 def test_the_meta_tests(name, model, targets, limit, batch_size, lr, decay, normalise):
     test = config.load(MetaTestConfig, CONFIGS / "paper" / f"{name}.yaml")
-    assert (test.targets, test.train_limit, test.batch_size) == (list(targets), limit, batch_size)
+    assert (test.target_names, test.train_limit, test.batch_size) == (list(targets), limit, batch_size)
     assert (test.steps, test.seeds, test.schedule, test.model.name) == (1000, 5, "multi-step", model)
     assert (test.inner.optimizer, test.inner.lr, test.inner.momentum, test.inner.weight_decay) == (
         "nesterov",

@@ -77,7 +77,7 @@ class TaskBatches:
     Args:
         indices: int64, the samples to use; None for all.
         few_shot: draws other samples for every episode of `inner_steps` steps, labeled 0 .. ways - 1.
-        chunk_steps: steps that are planned at once.
+        chunk_steps: steps that are planned at once; None: CHUNK_STEPS.
 
     Raises:
         ValueError: the batch size is not divisible by the number of data ranks.
@@ -96,7 +96,7 @@ class TaskBatches:
         indices: np.ndarray | None = None,
         few_shot: FewShotConfig | None = None,
         inner_steps: int = FOREVER,
-        chunk_steps: int = CHUNK_STEPS,
+        chunk_steps: int | None = None,
     ) -> None:
         manifest = source.manifest
         if batch_size % data_ranks:
@@ -114,7 +114,7 @@ class TaskBatches:
         if few_shot is not None:
             samples = replace(self.plan, count=few_shot.ways * few_shot.shots)
             self.plan, self.classes = FewShotPlan(samples, source.labels, few_shot, inner_steps), few_shot.ways
-        self._indices, self._chunk_steps = indices, chunk_steps
+        self._indices, self._chunk_steps = indices, chunk_steps or CHUNK_STEPS
         self._size = batch_size // data_ranks
         self._mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
         if self._mixes and self._size % 2:

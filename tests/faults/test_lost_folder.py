@@ -94,7 +94,7 @@ def test_a_folder_that_becomes_read_only_is_a_warning_per_cause(train_while, tra
         subprocess.run(["umount", str(run)], check=True)
     assert codes == [1, 1], err  # phi cannot be written
     assert 1 <= err.count("checkpoint failed: Read-only file system") <= 2, err  # the 1st and 10th
-    assert err.count("warning: metrics records lost: Read-only file system") == 1, err
+    assert 1 <= err.count("warning: metrics records lost: Read-only file system") <= 2, err
     assert f"step {STEPS}/{STEPS} " in err
     (line,) = errors(err)
     assert f"cannot write to {run} (Read-only file system)" in line

@@ -30,7 +30,7 @@ All delays and betas of a seed train side by side on the same batches: a small c
 A JSON file per set and seed; an interrupted call resumes. `crossing`: meta-updates in flight at the end of an episode
 are applied in the next one, instead of before it.
 
-  python benchmarks/delay_quality.py --work runs/delay \
+  python benchmarks/delay_quality.py --work runs/delay \\
       --data long_horizon=data/long_horizon realdata_small=data/realdata_small
 """
 DELAYS, BETAS, SEEDS = (0, 1, 2, 4, 8, 16), (0.03, 0.1), (0, 1, 2)

@@ -90,17 +90,19 @@ def watch(folder: Path, steps: int, beside: int, period: float) -> tuple[Samples
         RuntimeError: a run failed.
     """
     old, fresh, alone, pairs = Training(folder, "run", 100 * steps), None, [], []
-    while old.agent.poll() is None and (fresh is None or fresh.agent.poll() is None):
-        time.sleep(period)
-        values, other = old.sample(), fresh and fresh.sample()
-        if values and other:
-            pairs.append((values, other))
-        elif values and fresh is None:
-            alone.append(values)
-            if values["step"] >= steps:
-                fresh = Training(folder, "fresh", beside)
-    old.agent.terminate()
-    old.agent.wait()
+    try:
+        while old.agent.poll() is None and (fresh is None or fresh.agent.poll() is None):
+            time.sleep(period)
+            values, other = old.sample(), fresh and fresh.sample()
+            if values and other:
+                pairs.append((values, other))
+            elif values and fresh is None:
+                alone.append(values)
+                if values["step"] >= steps:
+                    fresh = Training(folder, "fresh", beside)
+    finally:  # the old one would go on for long
+        old.agent.terminate()
+        old.agent.wait()
     if fresh is None or fresh.agent.wait() or "with a checkpoint" not in old.log.read_text():
         raise RuntimeError("".join(run.log.read_text()[-3000:] for run in (old, fresh) if run))
     return alone, pairs

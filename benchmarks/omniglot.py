@@ -50,13 +50,13 @@ def sgd(beta: float) -> dict[str, list[str]]:
     return {f"{rate:g}": [*chosen, f"inner.lr={rate}"] for rate in (0.01, 0.1)}
 
 
-# CTS adds up beta * (phi - theta_k) over k = 1 .. K: 3 times Reptile's meta-update for the same beta.
 KEPT = [f"reset.{what}=false" for what in ("head", "optimizer", "statistics")]
 METHODS = {
     "reptile": Method("reptile", betas(1)),  # that of Nichol et al.
     "cts": Method("cts", betas(1, 0.3, 0.1)),
     "no_shifting": Method("no_shifting", betas(1, 0.3, 0.1)),
     "fomaml": Method("fomaml", betas(0.3, 0.1, 0.03)),
+    # CTS adds up beta * (phi - theta_k) over k = 1 .. K: 3 times Reptile's meta-update for the same beta.
     "cts-beta-0.3": Method("cts", betas(0.3)),
     "reptile-sgd": Method("reptile", sgd(1)),
     "cts-sgd": Method("cts", sgd(0.3)),

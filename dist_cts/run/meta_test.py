@@ -123,8 +123,8 @@ def run_jobs(config: MetaTestConfig, phis: Mapping[str, Source]) -> list[dict[st
             without_images = config.data.model_copy(update={"cache": "stream"})  # its jobs load them, once
             for target in config.target_names:
                 sizes, bf16 = {target: config.batch_size}, config.precision == "bf16"
-                at_once = {"bf16": bf16, "sharing": 1 / config.together}
-                for warning in check_batches(sizes, config.model, config.data, device, **at_once):
+                step = {"bf16": bf16, "sharing": 1 / config.together}
+                for warning in check_batches(sizes, config.model, config.data, device, **step):
                     log_rank0(warning)
                 open_split(target, "test", without_images, device)
                 train = open_split(target, "train", without_images, device)
@@ -270,8 +270,8 @@ def open_learner(config: MetaTestConfig, target: str, train: Split, seed: int, d
     if models.check_model(config.model, model, example, classes, target):
         learner.masks = models.SeededMasks(device, key, target)
     if isinstance(train, DatasetSplit):
-        together = {"bf16": bf16, "sharing": 1 / config.together}
-        check_dataset(target, config.batch_size, example, config.model, classes, device, **together)
+        step = {"bf16": bf16, "sharing": 1 / config.together}
+        check_dataset(target, config.batch_size, example, config.model, classes, device, **step)
     return learner
 
 
